@@ -1,0 +1,519 @@
+"""Typed configuration: one YAML file per stage, one class per section.
+
+`load_config(path, overrides)` reads the file, fills in the model preset, applies `section.key=value` overrides,
+and checks everything that can be checked before anything is allocated. Errors name the file and line, the key,
+what was given, what is allowed, and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from aria_train.errors import ConfigError
+
+_TOKEN_SUFFIX = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def _parse_tokens(value: Any) -> Any:
+    """`6.4T`, `33B`, `2e9` and `1_000` all name a number of tokens."""
+    if isinstance(value, str):
+        text = value.strip().replace("_", "")
+        scale = _TOKEN_SUFFIX.get(text[-1:].upper(), 1)
+        try:
+            value = float(text[:-1] if scale > 1 else text) * scale
+        except ValueError:
+            raise ValueError("a number of tokens, such as 500M, 33B, 6.4T or 1_000_000") from None
+        return round(value) if abs(value) < 2**63 else value
+    return value
+
+
+def _parse_float(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as text; people mean a number."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[\d_.]+(e[-+]?\d+)?", value.strip(), re.IGNORECASE):
+        return float(value.replace("_", ""))
+    return value
+
+
+Tokens = Annotated[int, BeforeValidator(_parse_tokens), Field(ge=0)]
+Number = Annotated[float, BeforeValidator(_parse_float), Field(allow_inf_nan=False)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration. Unknown keys are errors; values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True, strict=False)
+
+
+class VisionConfig(Section):
+    """The vision encoder (SigLIP-type ViT at native resolution) and the projector behind it."""
+
+    hidden_size: Positive = 1152
+    num_layers: Positive = 27
+    num_heads: Positive = 16
+    mlp_size: Positive = 4304
+    patch_size: Positive = 14
+    position_grid: Positive = 70
+    """Side of the square grid of learned positions; patch positions of any aspect ratio are bucketed into it."""
+    norm_eps: Number = 1e-6
+    image_sizes: dict[Positive, Positive] = {490: 128, 980: 256}
+    """Longer edge in pixels of each size class -> visual tokens (projector queries) an image of the class becomes."""
+    min_image_size: Positive = 336
+    """Pixels the shorter edge is never resized below."""
+
+    @model_validator(mode="after")
+    def _check(self) -> VisionConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
+        if not self.image_sizes:
+            raise ValueError("image_sizes needs at least one size class, such as {490: 128}")
+        for size in self.image_sizes:
+            if size % self.patch_size:
+                raise ValueError(f"image size {size} is not a multiple of patch_size {self.patch_size}")
+            if size < self.min_image_size:
+                raise ValueError(f"image size {size} is below min_image_size {self.min_image_size}")
+        return self
+
+
+class ModelConfig(Section):
+    """The architecture. Defaults are Aria's own (arXiv 2410.05993 and the released configuration)."""
+
+    preset: str | None = None
+    """Name of a file in `configs/models/` (without `.yaml`), or a path to one; keys given beside it win."""
+    vocab_size: Positive = 100352
+    hidden_size: Positive = 2560
+    num_layers: Positive = 28
+    num_heads: Positive = 20
+    num_kv_heads: Positive = 20
+    head_dim: Positive = 128
+    num_experts: Positive = 64
+    top_k: Positive = 6
+    expert_size: Positive = 1664
+    """Width of one expert's SwiGLU."""
+    num_shared_experts: NonNegative = 2
+    """Experts every token passes through, computed as one SwiGLU of `num_shared_experts * expert_size`."""
+    norm_eps: Number = 1e-6
+    rope_base: Number = 100_000.0
+    max_positions: Positive = 65536
+    init_std: Number = 0.02
+    balance_group_size: Positive = 8
+    """Experts per group of the load-balancing loss; 1 balances single experts (Switch)."""
+    balance_coefficient: Number = 1e-3
+    expert_balance_coefficient: Number = 0.0
+    """Coefficient of a second, expert-level balance loss beside the grouped one."""
+    z_coefficient: Number = 1e-5
+    pad_token_id: NonNegative = 2
+    bos_token_id: NonNegative = 1
+    eos_token_id: NonNegative = 2
+    image_token_id: NonNegative = 9
+    vision: VisionConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not divisible by num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}")
+        if self.num_experts % self.balance_group_size:
+            raise ValueError(
+                f"num_experts {self.num_experts} is not divisible by balance_group_size {self.balance_group_size}"
+            )
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id", "image_token_id"):
+            if getattr(self, key) >= self.vocab_size:
+                raise ValueError(f"{key} {getattr(self, key)} is outside the vocabulary of {self.vocab_size}")
+        return self
+
+
+class ParallelConfig(Section):
+    """How the model is spread: expert parallelism and ZeRO-1. World = expert ranks x the rest."""
+
+    expert_parallel_size: Positive = 1
+    """Consecutive ranks that share one set of experts; tokens move among them by all-to-all."""
+    zero_group_size: Positive | None = None
+    """Consecutive ranks that shard master weights and optimizer state among them; null = all ranks.
+    With less than the world, groups hold replicas of each other (hybrid sharding)."""
+
+
+class SourceConfig(Section):
+    """One corpus of a blend."""
+
+    name: str
+    path: str | list[str]
+    """Text: path prefix of a `.bin`/`.idx` pair (or a list, or a folder of pairs). Multimodal: a prepared folder."""
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    """Share of windows, relative to the other sources of the blend."""
+
+
+class DataConfig(Section):
+    """What is read. A blend draws windows from its sources in proportion to their weights."""
+
+    tokenizer: str | None = None
+    """Tokenizer folder, for samples of text in reports; training itself reads token ids."""
+    train: list[SourceConfig] = []
+    validation: list[SourceConfig] = []
+    workers: Positive = 2
+    """Threads per rank that read, decode and pack windows ahead of the step."""
+    prefetch_batches: Positive = 4
+    """Micro-batches held ready per rank."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        for key in ("train", "validation"):
+            names = [source.name for source in getattr(self, key)]
+            if len(set(names)) < len(names):
+                raise ValueError(f"{key}: source names must differ, got {names}")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW. Norm gains, biases and other vectors are not decayed."""
+
+    lr: Annotated[Number, Field(gt=0)] = 3e-4
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Annotated[Number, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.1
+    clip_norm: Annotated[Number, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over tokens: linear warm-up, then the named decay, ending at `min_lr_ratio * lr`."""
+
+    kind: Literal["cosine", "constant", "wsd"] = "cosine"
+    warmup_tokens: Tokens = 0
+    total_tokens: Tokens | None = None
+    """Tokens at which the decay ends; null = the run's own length."""
+    decay_tokens: Tokens = 0
+    """Warm-up-stable-decay: length of the final linear decay."""
+    min_lr_ratio: Share = 0.1
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    context_length: Positive = 8192
+    """Tokens per window."""
+    global_batch_size: Positive = 1
+    """Windows per optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: Positive = 1
+    """Windows per forward and backward pass on one rank."""
+    max_tokens: Tokens | None = None
+    """Stop after this many tokens (window positions: steps x global_batch_size x context_length)."""
+    max_steps: Positive | None = None
+    """Stop after this many steps; with `max_tokens` too, whichever comes first."""
+    seed: NonNegative = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16 computes in bfloat16; master weights, reductions and optimizer state are fp32 in both."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none; all but GEMM, attention and all-to-all results; whole layers."""
+    run_dir: str = "runs/default"
+    eval_interval_steps: NonNegative = 0
+    """Held-out loss every so many steps, and before the first and after the last; 0 = never."""
+    eval_windows: Positive = 64
+    """Held-out windows per evaluation, the same ones each time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class CheckpointConfig(Section):
+    """When to save, what to keep, where to start."""
+
+    interval_steps: NonNegative = 1000
+    """Save every so many steps; the last step is always saved. 0 = only the last."""
+    keep_last: Positive = 3
+    init_from: str | None = None
+    """Checkpoint (or run directory) whose weights a new run starts from; optimizer and position start afresh."""
+
+
+class LoggingConfig(Section):
+    """Where metrics go, beside the console and `metrics.jsonl`."""
+
+    interval_steps: Positive = 1
+    """Console, TensorBoard and wandb every so many steps; `metrics.jsonl` has every step."""
+    tensorboard: bool = False
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "aria_train"
+
+
+class RunConfig(Section):
+    """One stage, resolved. See `load_config`."""
+
+    stage: str
+    """Name of the stage; reported with every metric."""
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Window positions per optimizer step."""
+        return self.train.global_batch_size * self.train.context_length
+
+    @property
+    def total_steps(self) -> int:
+        """Steps after which the run is complete."""
+        limits = []
+        if self.train.max_steps is not None:
+            limits.append(self.train.max_steps)
+        if self.train.max_tokens is not None:
+            limits.append(-(-self.train.max_tokens // self.tokens_per_step))
+        return min(limits)
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        train, model = self.train, self.model
+        if train.max_tokens is None and train.max_steps is None:
+            raise ValueError("train.max_tokens or train.max_steps must say how long to train")
+        if train.global_batch_size % train.micro_batch_size:
+            raise ValueError(
+                f"train.global_batch_size {train.global_batch_size} is not divisible by "
+                f"train.micro_batch_size {train.micro_batch_size}"
+            )
+        if train.context_length > model.max_positions:
+            raise ValueError(
+                f"train.context_length {train.context_length} exceeds model.max_positions {model.max_positions}"
+            )
+        experts, ranks = model.num_experts, self.parallel.expert_parallel_size
+        if experts % ranks:
+            raise ValueError(
+                f"model.num_experts {experts} is not divisible by parallel.expert_parallel_size {ranks}; "
+                f"allowed: {_divisors(experts)}"
+            )
+        if self.schedule.kind == "wsd" and not self.schedule.decay_tokens:
+            raise ValueError("schedule.kind wsd needs schedule.decay_tokens above 0")
+        return self
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Refuses a number of ranks that the configuration cannot be laid out on, saying which numbers can."""
+    expert = config.parallel.expert_parallel_size
+    group = config.parallel.zero_group_size or world_size
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if world_size % expert:
+        raise ConfigError(
+            f"parallel.expert_parallel_size {expert} does not fit {world_size} rank(s): the number of ranks must be a "
+            f"multiple of it. Start {_nearest_multiple(world_size, expert)} ranks, or set "
+            f"parallel.expert_parallel_size to one of {_common_divisors(world_size, config.model.num_experts)}."
+        )
+    if world_size % group or group % expert:
+        raise ConfigError(
+            f"parallel.zero_group_size {group} does not fit {world_size} rank(s) with parallel.expert_parallel_size "
+            f"{expert}: it must divide the number of ranks and be a multiple of the expert ranks."
+        )
+    if batch % (world_size * micro):
+        raise ConfigError(
+            f"train.global_batch_size {batch} is not divisible by {world_size} rank(s) x train.micro_batch_size "
+            f"{micro} = {world_size * micro}: every rank must run the same number of whole micro-batches. Set "
+            f"train.global_batch_size to a multiple of {world_size * micro}, such as "
+            f"{_nearest_multiple(batch, world_size * micro)}, or change the number of ranks."
+        )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a stage's YAML, applies `section.key=value` overrides, and validates the whole.
+
+    Raises ConfigError naming file, line, key, value and what is allowed.
+    """
+    path = Path(path)
+    raw, lines = read_yaml(path)
+    for override in overrides:
+        _apply_override(raw, lines, override)
+    model = raw.get("model")
+    if isinstance(model, dict) and model.get("preset") is not None:
+        raw["model"] = _merge(_read_preset(str(model["preset"]), path), model)
+    try:
+        return RunConfig.model_validate(raw)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_explain(error, path, lines)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to the same value."""
+    data = config.model_dump(mode="json")
+    data["model"]["preset"] = None
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+Lines = dict[tuple[str, ...], str]
+"""Key path -> where it was given: `configs/x.yaml, line 12`, or `command line`."""
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
+    """A YAML mapping with safe loading, no duplicate keys, and the place of every key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration file: {error}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(raw, dict) or not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections (model:, train:, ...), not {raw!r:.80}.")
+    lines: Lines = {}
+    _collect_lines(node, (), path, lines)
+    return raw, lines
+
+
+def _collect_lines(node: yaml.Node, at: tuple[str, ...], path: Path, lines: Lines) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*at, str(key.value))
+            if here in lines:
+                raise ConfigError(
+                    f"{path}, line {key.start_mark.line + 1}: {'.'.join(here)} is given twice "
+                    f"(first at {lines[here]}). Keep one."
+                )
+            lines[here] = f"{path}, line {key.start_mark.line + 1}"
+            _collect_lines(value, here, path, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*at, str(index))] = f"{path}, line {value.start_mark.line + 1}"
+            _collect_lines(value, (*at, str(index)), path, lines)
+
+
+def _apply_override(raw: dict[str, Any], lines: Lines, override: str) -> None:
+    key, separator, text = override.partition("=")
+    at = tuple(key.strip().split("."))
+    if not separator or not all(at):
+        raise ConfigError(f"command line: {override!r} is not an override; write section.key=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"command line: {override}: the value is not valid YAML.") from None
+    target: Any = raw
+    for part in at[:-1]:
+        if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+            target = target[int(part)]
+            continue
+        if isinstance(target, dict) and target.get(part) is None:
+            target[part] = {}
+        target = target.get(part) if isinstance(target, dict) else None
+        if not isinstance(target, (dict, list)):
+            raise ConfigError(f"command line: {override}: {part} is not a section.")
+    if isinstance(target, list):
+        if not at[-1].isdigit() or int(at[-1]) >= len(target):
+            raise ConfigError(f"command line: {override}: {'.'.join(at[:-1])} has entries 0 to {len(target) - 1}.")
+        target[int(at[-1])] = value
+    else:
+        target[at[-1]] = value
+    lines[at] = "command line"
+
+
+def _read_preset(name: str, config_path: Path) -> dict[str, Any]:
+    """Finds `models/NAME.yaml` beside the configuration, in a folder above it, or among those shipped."""
+    package = Path(__file__).resolve().parent
+    folders = [parent / "models" for parent in config_path.resolve().parents]
+    folders += [package / "configs" / "models", package.parent / "configs" / "models"]
+    candidates = [folder / f"{name}.yaml" for folder in folders]
+    if name.endswith((".yaml", ".yml")):
+        candidates = [Path(name), config_path.parent / name]
+    for candidate in candidates:
+        if candidate.is_file():
+            return read_yaml(candidate)[0]
+    known = sorted({file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.yaml")})
+    raise ConfigError(
+        f"{config_path}: model.preset: no preset {name!r}{_did_you_mean(name, known)}. Presets are "
+        f"files in configs/models/: {', '.join(known) or 'none found'}."
+    )
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` wins key by key; sections merge, except that null removes one."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Explaining
+
+_NOT_BUILT = {
+    "tensor_parallel": "tensor parallelism is not built: Aria trains with expert parallelism and ZeRO-1 alone "
+    "(fine-grained experts are too narrow to split further). Use parallel.expert_parallel_size",
+    "pipeline_parallel": "pipeline parallelism is not built: Aria trains with expert parallelism and ZeRO-1 alone, "
+    "which needs no stages or bubbles. Use parallel.expert_parallel_size and parallel.zero_group_size",
+}
+
+
+def _explain(error: pydantic.ValidationError, path: Path, lines: Lines) -> str:
+    return "\n".join(_explain_one(dict(issue), path, lines) for issue in error.errors())
+
+
+def _explain_one(issue: dict[str, Any], path: Path, lines: Lines) -> str:
+    at = tuple(str(part) for part in issue["loc"])
+    place = next((lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in lines), str(path))
+    key = ".".join(at)
+    if issue["type"] == "extra_forbidden":
+        for word, reason in _NOT_BUILT.items():
+            if at[-1].startswith(word):
+                return f"{place}: {key}: {reason}."
+        known = sorted(_keys_of(at[:-1]))
+        allowed = ", ".join(known)
+        return f"{place}: {key}: unknown key{_did_you_mean(at[-1], known)}. Allowed here: {allowed}."
+    if issue["type"] == "missing":
+        return f"{place}: {key}: is required and not given."
+    reason = str(issue["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    if issue["type"] == "value_error" and isinstance(issue["input"], (dict, BaseModel)):
+        return f"{place}: {key}: {reason}." if key else f"{place}: {reason}."
+    return f"{place}: {key}: {issue['input']!r:.80} given; {reason}."
+
+
+def _keys_of(at: tuple[str, ...]) -> set[str]:
+    """Field names of the section at a key path."""
+    section: Any = RunConfig
+    for part in at:
+        if part.isdigit():
+            continue
+        field = section.model_fields.get(part)
+        section = _section_in(field.annotation) if field else None
+        if section is None:
+            return set()
+    return set(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = (_section_in(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((section for section in found if section), None)
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _common_divisors(a: int, b: int) -> list[int]:
+    return [d for d in _divisors(a) if b % d == 0]
+
+
+def _nearest_multiple(number: int, of: int) -> int:
+    return max(1, round(number / of)) * of
