@@ -1,0 +1,1 @@
+"""Corpora and images: preparing them, reading them, and packing them into micro-batches."""
