@@ -1,0 +1,52 @@
+# Every target sets up .venv by itself. Tools run as `.venv/bin/python -m ...`: the scripts beside it carry the
+# absolute path of the interpreter in their first line, which breaks where that path has a space or moves.
+# All paths are relative for the same reason.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo demo-data clean-demo test lint format
+
+PYTHON ?= python3
+venv_python := .venv/bin/python
+installed := .venv/installed
+
+help:
+	@echo 'make demo        train a small model on this machine and show what it learned (runs/demo/)'
+	@echo 'make demo-data   prepare the corpora of the demo and nothing else (data/small/)'
+	@echo 'make clean-demo  forget the demo: the next one starts over'
+	@echo 'make test        lint, types, then every test'
+	@echo 'make lint        ruff and mypy only'
+	@echo 'make format      let ruff mend what it can'
+	@echo 'make setup       only install into .venv (PYTHON=python3.12 picks the interpreter)'
+
+setup: $(installed)
+
+# Installs again only when what is to be installed changed.
+$(installed): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo 'Python 3.11 or newer is needed; PYTHON=/path/to/python3 picks one.' >&2; exit 2; }
+	@if ! $(venv_python) -c '' 2>/dev/null; then echo 'Creating .venv'; rm -rf .venv; $(PYTHON) -m venv .venv; fi
+	@echo 'Installing into .venv (a minute or two, the first time)'
+	@$(venv_python) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(installed)
+
+demo: $(installed)
+	@$(venv_python) -m demo.run
+
+demo-data: $(installed)
+	@$(venv_python) -m demo.text
+
+clean-demo:
+	rm -rf runs/demo data/small
+
+test: lint
+	@$(venv_python) -m pytest
+
+lint: $(installed)
+	@$(venv_python) -m ruff check --quiet .
+	@$(venv_python) -m ruff format --check --quiet .
+	@$(venv_python) -m mypy
+
+format: $(installed)
+	@$(venv_python) -m ruff check --fix .
+	@$(venv_python) -m ruff format .
