@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,17 @@ class ImageBatch:
     num_queries: list[int]
     """Visual tokens each image becomes, in order of appearance."""
 
+    @classmethod
+    def empty(cls, patch_size: int, device: torch.device | None = None) -> ImageBatch:
+        """No images: what a rank whose micro-batch is all text sends through the encoder."""
+        patches = torch.zeros(0, 3 * patch_size**2, device=device)
+        ids = torch.zeros(0, dtype=torch.int64, device=device)
+        return cls(patches, ids, torch.zeros(1, dtype=torch.int32, device=device), [])
+
+    def to(self, device: torch.device) -> ImageBatch:
+        moved: ImageBatch = _to(self, device)
+        return moved
+
 
 @dataclass
 class MicroBatch:
@@ -45,10 +57,21 @@ class MicroBatch:
     source_ids: Tensor
     """int64 [D]: which source of the blend each document came from."""
     images: ImageBatch | None = None
+    target_positions: Tensor | None = None
+    """int64 [number of targets]: positions with a label, worked out on the host so that no device has to wait."""
+
+    def __post_init__(self) -> None:
+        if self.target_positions is None:
+            self.target_positions = (self.labels != IGNORE_LABEL).nonzero().squeeze(1)
 
     @property
     def num_targets(self) -> int:
-        return int((self.labels != IGNORE_LABEL).sum())
+        assert self.target_positions is not None
+        return self.target_positions.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
 
     def position_ids(self) -> Tensor:
         """int64 [T]: positions count from 0 in every document."""
@@ -58,13 +81,14 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on a device; pinned memory makes the copies asynchronous."""
-        return _to(self, device)
+        moved: MicroBatch = _to(self, device)
+        return moved
 
 
-def _to(value, device: torch.device):
+def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _to(getattr(value, f.name), device) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)  # type: ignore[type-var]
+        return dataclasses.replace(value, **fields)
     return value

@@ -1,0 +1,43 @@
+"""Attention over packed documents: each attends only within itself."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_length: int, causal: bool) -> Tensor:
+    """Softmax attention within each document of a packed sequence.
+
+    q: [T, heads, d]; k, v: [T, kv_heads, d], kv_heads dividing heads. starts: int32 [D + 1], first token of each
+    document, then T. Returns [T, heads, d]. Scores are scaled by 1 / sqrt(d).
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _flash_varlen(q, k, v, starts, max_length, causal)
+    bounds = starts.tolist()
+    if len(bounds) == 2:
+        return _dense(q, k, v, causal)
+    spans = [slice(start, end) for start, end in itertools.pairwise(bounds) if end > start]
+    return torch.cat([_dense(q[s], k[s], v[s], causal) for s in spans]) if spans else q
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """One document through PyTorch's own kernel, which never holds the T x T scores."""
+    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=grouped)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_length: int, causal: bool) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    if q.shape[1] != k.shape[1]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    window = (-1, 0) if causal else (-1, -1)
+    out: Tensor = varlen_attn(q, k, v, starts, starts, max_length, max_length, window_size=window)
+    return out

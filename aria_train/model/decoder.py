@@ -1,0 +1,76 @@
+"""The decoder: pre-norm residual blocks of multi-head attention and mixture-of-experts, a MoE in every layer.
+
+Shape legend: T tokens (documents packed end to end), H hidden, N heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aria_train.config import ModelConfig
+from aria_train.model.attention import document_attention
+from aria_train.model.rope import apply_rope, rope_tables
+from aria_train.moe.layer import MoELayer
+from aria_train.moe.router import RouterStats
+
+
+@dataclass
+class Documents:
+    """Where documents start, and the rotation of every position in them; shared by all layers."""
+
+    starts: Tensor
+    """int32 [documents + 1]"""
+    max_length: int
+    cos: Tensor
+    """float32 [T, D / 2]"""
+    sin: Tensor
+
+    @classmethod
+    def build(cls, starts: Tensor, positions: Tensor, max_length: int, config: ModelConfig) -> Documents:
+        return cls(starts, max_length, *rope_tables(positions, config.head_dim, config.rope_base))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TH: Tensor, documents: Documents) -> Tensor:
+        q, k, v = (project(x_TH).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
+        q, k = apply_rope(q, documents.cos, documents.sin), apply_rope(k, documents.cos, documents.sin)
+        mixed_TND = document_attention(q, k, v, documents.starts, documents.max_length, causal=True)
+        out: Tensor = self.o(mixed_TND.flatten(1))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.moe_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.moe = MoELayer(config)
+
+    def forward(self, x_TH: Tensor, documents: Documents) -> tuple[Tensor, RouterStats]:
+        x_TH = x_TH + self.attention(self.attention_norm(x_TH), documents)
+        mixed_TH, stats = self.moe(self.moe_norm(x_TH))
+        return x_TH + mixed_TH, stats

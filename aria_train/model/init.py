@@ -1,0 +1,48 @@
+"""Initial weights, a pure function of (seed, parameter name, position): the same at any layout of ranks."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, std: float, seed: int) -> None:
+    """Fills every parameter in place: matrices N(0, std), norm gains 1, biases 0. Sharded parameters get their shard."""
+    for name, parameter in model.named_parameters():
+        shard, offsets = _local_shard(parameter)
+        if name.endswith("bias"):
+            shard.zero_()
+        elif parameter.ndim == 1:
+            shard.fill_(1.0)
+        else:
+            _fill_normal(shard, offsets, parameter.shape, std, (seed << 32) + zlib.crc32(name.encode()))
+
+
+def _local_shard(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's part of a parameter, and where in the whole it starts."""
+    if not isinstance(parameter, DTensor):
+        return parameter, (0,) * parameter.ndim
+    shape, offsets = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    shard = parameter.to_local()
+    assert tuple(shape) == tuple(shard.shape)
+    return shard, tuple(offsets)
+
+
+def _fill_normal(shard: Tensor, offsets: tuple[int, ...], shape: torch.Size, std: float, seed: int) -> None:
+    """Draws the whole tensor (one slab of a 3-D one at a time, so that no rank draws experts it does not hold)."""
+    generator = torch.Generator(shard.device)
+    slabs = range(shard.shape[0]) if len(shape) == 3 else [None]
+    for slab in slabs:
+        generator.manual_seed((seed + (0 if slab is None else (offsets[0] + slab) * 2654435761)) % 2**63)
+        target = shard if slab is None else shard[slab]
+        starts = offsets if slab is None else offsets[1:]
+        whole = torch.empty(shape if slab is None else shape[1:], dtype=torch.float32, device=shard.device)
+        whole.normal_(0.0, std, generator=generator)
+        target.copy_(whole[tuple(slice(s, s + n) for s, n in zip(starts, target.shape, strict=True))])

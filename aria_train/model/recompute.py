@@ -1,0 +1,48 @@
+"""Activation recomputation: which activations of a layer are kept for the backward pass.
+
+`full` keeps a layer's input alone. `selective` keeps what is dear to compute (GEMMs, attention, all-to-all, the
+router's choice) and recomputes what is cheap (norms, rotations, SwiGLU, permutations).
+Routing statistics are outputs of the layer, not side effects, so recomputation counts nothing twice.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Recompute = Literal["none", "selective", "full"]
+
+_DEAR = frozenset(
+    {
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::_grouped_mm",
+        "aten::topk",
+        "aten::sort",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "torch_attn::_varlen_attn",
+        "_c10d_functional::all_to_all_single",
+    }
+)
+
+
+def run_layer(layer: nn.Module, x: Tensor, documents: Any, recompute: Recompute) -> Any:
+    """Calls the layer, recomputing in the backward pass what the policy drops."""
+    if recompute == "none" or not torch.is_grad_enabled():
+        return layer(x, documents)
+    context = partial(create_selective_checkpoint_contexts, _policy)
+    options = {"context_fn": context} if recompute == "selective" else {}
+    return checkpoint(layer, x, documents, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    name = operator.name().split(".")[0] if hasattr(operator, "name") else ""
+    return CheckpointPolicy.MUST_SAVE if name in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE

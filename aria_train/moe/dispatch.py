@@ -1,0 +1,144 @@
+"""Moves tokens to their experts and back, dropless.
+
+`dispatch` lays the chosen (token, expert) pairs out as rows sorted by expert; `combine` brings the experts' outputs
+home and sums them with the router's weights. With expert parallelism the sorted rows move by one all-to-all each way.
+Every permutation is a bijection whose inverse is known, so forward and backward are gathers: no scatter-add, and
+therefore the same result every time.
+
+Shape legend: T tokens, H hidden, E experts, K experts per token, R = T * K rows here, S rows received.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+
+@dataclass
+class Dispatched:
+    """Rows for the local experts, and the way back."""
+
+    rows: Tensor
+    """[S, H], sorted by local expert."""
+    offsets: Tensor
+    """int32 [local experts]: end row of each expert's rows."""
+    home: Tensor
+    """int64 [R]: where each (token, choice) pair stands among the rows sent."""
+    sent: list[int]
+    """Rows sent to each expert rank; empty without expert parallelism."""
+    received: list[int]
+    arrival: Tensor | None = None
+    """int64 [S]: arrival position of each sorted row; None where rows arrive sorted."""
+    arrival_inverse: Tensor | None = None
+
+
+class Dispatcher(Protocol):
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, counts_E: Tensor) -> Dispatched: ...
+
+    def combine(self, rows_SH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor: ...
+
+
+class LocalDispatcher:
+    """All experts live here."""
+
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, counts_E: Tensor) -> Dispatched:
+        order_R, home_R = sort_by_expert(experts_TK)
+        rows_RH = _Replicate.apply(x_TH, order_R, home_R, experts_TK.shape[1])
+        return Dispatched(rows_RH, counts_E.cumsum(0).to(torch.int32), home_R, [], [])
+
+    def combine(self, rows_SH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
+        rows_RH = _Permute.apply(rows_SH, dispatched.home, _inverse(dispatched.home))
+        return weighted_sum(rows_RH, weights_TK)
+
+
+class AllToAllDispatcher:
+    """Experts are spread over the ranks of a group, consecutive experts together."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.num_ranks = dist.get_world_size(group)
+
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, counts_E: Tensor) -> Dispatched:
+        order_R, home_R = sort_by_expert(experts_TK)
+        rows_RH = _Replicate.apply(x_TH, order_R, home_R, experts_TK.shape[1])
+
+        # [ranks, local experts]: what we send to each rank, and what each rank sends us. The one wait for the host.
+        sending_PE = counts_E.long().view(self.num_ranks, -1)
+        receiving_PE = torch.empty_like(sending_PE)
+        dist.all_to_all_single(receiving_PE, sending_PE, group=self.group)
+        sent, received = torch.stack([sending_PE.sum(1), receiving_PE.sum(1)]).tolist()
+
+        rows_SH = all_to_all_single_autograd(rows_RH, received, sent, self.group)
+        arrival_S = sort_arrivals(receiving_PE, sum(received))
+        arrival_inverse_S = _inverse(arrival_S)
+        rows_SH = _Permute.apply(rows_SH, arrival_S, arrival_inverse_S)
+        offsets = receiving_PE.sum(0).cumsum(0).to(torch.int32)
+        return Dispatched(rows_SH, offsets, home_R, sent, received, arrival_S, arrival_inverse_S)
+
+    def combine(self, rows_SH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
+        rows_SH = _Permute.apply(rows_SH, dispatched.arrival_inverse, dispatched.arrival)
+        rows_RH = all_to_all_single_autograd(rows_SH, dispatched.sent, dispatched.received, self.group)
+        rows_RH = _Permute.apply(rows_RH, dispatched.home, _inverse(dispatched.home))
+        return weighted_sum(rows_RH, weights_TK)
+
+
+def sort_by_expert(experts_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Stable order of (token, choice) pairs by expert, and its inverse: int64 [R] each."""
+    order_R = experts_TK.flatten().argsort(stable=True)
+    return order_R, _inverse(order_R)
+
+
+def sort_arrivals(receiving_PE: Tensor, num_rows: int) -> Tensor:
+    """Rows arrive by (rank, expert); this is the gather index that puts them in order of (expert, rank)."""
+    num_ranks, num_local = receiving_PE.shape
+    expert_of_run = torch.arange(num_local, device=receiving_PE.device).repeat(num_ranks)
+    expert_of_row = expert_of_run.repeat_interleave(receiving_PE.flatten(), output_size=num_rows)
+    return expert_of_row.argsort(stable=True)
+
+
+def weighted_sum(rows_RH: Tensor, weights_TK: Tensor) -> Tensor:
+    """Sums each token's K rows with its weights -> [T, H]."""
+    num_tokens, top_k = weights_TK.shape
+    rows_TKH = rows_RH.view(num_tokens, top_k, rows_RH.shape[1])
+    return torch.bmm(weights_TK.to(rows_RH.dtype).unsqueeze(1), rows_TKH).squeeze(1)
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(permutation.shape[0], device=permutation.device)
+    return inverse
+
+
+class _Permute(torch.autograd.Function):
+    """rows[index]; the backward gathers with the inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _Replicate(torch.autograd.Function):
+    """Each token K times, in the order of its experts; the backward gathers a token's K gradients and sums them."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, order_R: Tensor, home_R: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(home_R)
+        ctx.top_k = top_k
+        return x_TH.index_select(0, order_R // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (home_R,) = ctx.saved_tensors
+        grad_TKH = grad_RH.index_select(0, home_R).view(-1, ctx.top_k, grad_RH.shape[1])
+        return grad_TKH.sum(1), None, None, None

@@ -1,0 +1,45 @@
+"""Feed-forward networks of the MoE layer: the routed experts as grouped GEMMs, and the shared expert.
+
+Shape legend: S rows, H hidden, E local experts, F expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class GroupedExperts(nn.Module):
+    """E SwiGLU experts over rows sorted by expert. Weights multiply from the right, as released: `x @ W`."""
+
+    def __init__(self, num_experts: int, hidden_size: int, expert_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, hidden_size, 2 * expert_size))
+        self.down = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
+
+    def forward(self, rows_SH: Tensor, offsets_E: Tensor) -> Tensor:
+        """rows [S, H] sorted by expert; offsets int32 [E], end row of each expert -> [S, H]."""
+        gate_up_EHF, down_EFH = _local(self.gate_up), _local(self.down)
+        gate_SF, up_SF = F.grouped_mm(rows_SH, gate_up_EHF, offs=offsets_E).chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate_SF) * up_SF, down_EFH, offs=offsets_E)
+
+
+class SharedExpert(nn.Module):
+    """The SwiGLU every token passes through, ungated, added to the routed output."""
+
+    def __init__(self, hidden_size: int, size: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, size, bias=False)
+        self.up = nn.Linear(hidden_size, size, bias=False)
+        self.down = nn.Linear(size, hidden_size, bias=False)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        out: Tensor = self.down(F.silu(self.gate(x_TH)) * self.up(x_TH))
+        return out
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's experts, where they are spread over an expert axis."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,36 @@
+"""The mixture-of-experts layer.
+
+1. The router picks K experts per token, and weights that sum to 1.
+2. Dispatch lays the chosen pairs out by expert, on the ranks that hold them.
+3. The experts run as grouped GEMMs, the shared expert on every token.
+4. Combine brings the outputs home and sums them by weight.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from aria_train.config import ModelConfig
+from aria_train.moe.dispatch import Dispatcher, LocalDispatcher
+from aria_train.moe.experts import GroupedExperts, SharedExpert
+from aria_train.moe.router import Router, RouterStats
+
+
+class MoELayer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.router = Router(config.hidden_size, config.num_experts, config.top_k)
+        self.experts = GroupedExperts(config.num_experts, config.hidden_size, config.expert_size)
+        self.shared: SharedExpert | None = None
+        if config.num_shared_experts:
+            self.shared = SharedExpert(config.hidden_size, config.num_shared_experts * config.expert_size)
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, RouterStats]:
+        """[T, H] -> [T, H], and this layer's routing statistics."""
+        weights_TK, experts_TK, stats = self.router(x_TH)
+        dispatched = self.dispatcher.dispatch(x_TH, experts_TK, stats.counts)
+        shared_TH = self.shared(x_TH) if self.shared is not None else None
+        rows_SH = self.experts(dispatched.rows, dispatched.offsets)
+        out_TH = self.dispatcher.combine(rows_SH, dispatched, weights_TK)
+        return (out_TH if shared_TH is None else out_TH + shared_TH), stats
