@@ -4,8 +4,8 @@ Two halves. `decode` turns untrusted bytes into an upright RGB image or raises `
 `process` applies the released preprocessing: longer edge to the size class, shorter edge to at least `min_image_size`,
 bicubic, padded right and bottom with 0 before normalising. Patches that would be padding alone are never made.
 
-How many tokens an image becomes is known from its width and height alone (`layout_of`), so that corpora are laid out and
-packed without decoding.
+How many tokens an image becomes is known from its width and height alone (`layout_of`), so that corpora are prepared
+and packed without decoding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from aria_train.config import VisionConfig
 from aria_train.data.positions import position_ids
@@ -93,7 +93,6 @@ def layout_of(
     `split_unit` turns on splitting for images whose longer edge exceeds their class: the candidate grids are multiples
     of it, and crops are of the image's class.
     """
-    assert width > 0 and height > 0
     if size is None:
         classes = sorted(vision.image_sizes)
         size = next((candidate for candidate in classes if max(width, height) <= candidate), classes[-1])
@@ -111,8 +110,8 @@ def count_tokens(
 def select_grid(width: int, height: int, unit: int) -> tuple[int, int] | None:
     """The (height, width) in pixels that a split image is fitted into: transformers' rule (that of LLaVA-NeXT).
 
-    Among the candidates the one keeping most of the image's pixels wins, then the one wasting least. Strips too thin
-    for any candidate give None: they are presented whole. (The rhymes-ai/Aria repository has another rule: the
+    Among the candidates the one keeping most of the image's pixels wins, then the one wasting least. None for
+    strips so long that no candidate would keep a pixel of their width: they are presented whole. (The rhymes-ai/Aria repository has another rule: the
     nearest aspect ratio, the image stretched to it, and the whole image first, as one more crop.)
     """
     best: tuple[int, int] | None = None
@@ -124,7 +123,7 @@ def select_grid(width: int, height: int, unit: int) -> tuple[int, int] | None:
         wasted = grid_height * grid_width - kept
         if kept > most_kept or (kept == most_kept and wasted < least_wasted):
             best, most_kept, least_wasted = (grid_height, grid_width), kept, wasted
-    return best
+    return best if most_kept else None
 
 
 def resized_size(width: int, height: int, size: int, min_image_size: int) -> tuple[int, int]:
@@ -159,7 +158,7 @@ def decode(data: bytes) -> Image.Image:
         image = _to_rgb(image)
     except BadImage:
         raise
-    except Exception as error:  # noqa: BLE001 - decoders raise nearly anything on damaged files
+    except Exception as error:  # decoders raise nearly anything on damaged files
         raise BadImage(f"damaged image: {_one_line(error)}") from None
     turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
@@ -192,7 +191,7 @@ def _open(data: bytes) -> Image.Image:
         raise BadImage(f"not an image of a known format (starts with {data[:16]!r})") from None
     except Image.DecompressionBombError:
         raise BadImage(f"too large: over {2 * MAX_PIXELS:,} pixels; at most {MAX_PIXELS:,} are read") from None
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:
         raise BadImage(f"damaged image header: {_one_line(error)}") from None
     width, height = image.size
     if width < 1 or height < 1:
@@ -210,7 +209,7 @@ def _orientation(image: Image.Image) -> int:
         return 1  # getexif() would decode the whole file in search of a chunk behind the pixels
     try:
         return int(image.getexif().get(0x0112, 1))
-    except Exception:  # noqa: BLE001 - damaged EXIF does not make the pixels unusable
+    except Exception:  # damaged EXIF does not make the pixels unusable
         return 1
 
 
