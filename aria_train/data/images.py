@@ -110,9 +110,10 @@ def count_tokens(
 def select_grid(width: int, height: int, unit: int) -> tuple[int, int] | None:
     """The (height, width) in pixels that a split image is fitted into: transformers' rule (that of LLaVA-NeXT).
 
-    Among the candidates the one keeping most of the image's pixels wins, then the one wasting least. None for
-    strips so long that no candidate would keep a pixel of their width: they are presented whole. (The rhymes-ai/Aria repository has another rule: the
-    nearest aspect ratio, the image stretched to it, and the whole image first, as one more crop.)
+    Among the candidates the one keeping most of the image's pixels wins, then the one wasting least. None for strips
+    so long that no candidate would keep a pixel of their width: they are presented whole. (The rhymes-ai/Aria
+    repository has another rule: the nearest aspect ratio, the image stretched to it, and the whole image first, as one
+    more crop.)
     """
     best: tuple[int, int] | None = None
     most_kept, least_wasted = 0, math.inf
