@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl` and `evaluations.jsonl` in the run directory, and TensorBoard and wandb where asked.
+"""Where metrics go: `metrics.jsonl` and `evaluations.jsonl` in the run directory; TensorBoard and wandb where asked.
 
 The two files are the record. They survive a kill at any moment, and a resumed run takes back what it had written past
 its checkpoint, so that in the end they read as if nothing had happened.
@@ -164,7 +164,7 @@ def _open_wandb(run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any]
             id=_wandb_id(logs / "wandb_id", resume_step),
             # Steps that an interrupted run had sent already are the same steps: wandb keeps the first.
             resume="allow" if online and resume_step else None,
-            mode=logging.wandb,
+            mode="online" if online else "offline",
             dir=str(logs),
             config=dict(config),
             # Capturing the terminal would garble the progress bar.
@@ -172,7 +172,7 @@ def _open_wandb(run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any]
         )
     except wandb.Error as error:
         raise ConfigError(
-            f"logging.wandb is {logging.wandb}, but wandb cannot start: {' '.join(str(error).split())}. Log in with "
+            f"logging.wandb is {logging.wandb}, but wandb cannot start: {' '.join(str(error).split()).rstrip('.')}. Log in with "
             "`wandb login` or WANDB_API_KEY, or set logging.wandb=offline (no account or network needed; "
             "`wandb sync` sends it later), or logging.wandb=off."
         ) from None

@@ -1,0 +1,85 @@
+"""Process group and device meshes.
+
+The world is three nested axes, outermost first:
+
+    replicate   groups that hold copies of everything (hybrid sharding; 1 unless `zero_group_size` is set)
+    zero        ranks that shard the optimizer state of the same experts
+    expert      consecutive ranks, one NVLink domain, that hold different experts
+
+Dense parameters are sharded over `zero x expert`, experts over `expert` first and then over `zero`. Every rank is a
+data rank: it has its own windows.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from aria_train.config import ParallelConfig
+
+
+@dataclass
+class Meshes:
+    """The meshes that `shard.py` lays parameters out on."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    expert: DeviceMesh
+    """1-D: the ranks among which experts are spread."""
+    expert_data: DeviceMesh
+    """1-D (zero) or 2-D (replicate, zero): the ranks that hold the same experts."""
+    dense_data: DeviceMesh
+    """1-D (zero x expert) or 2-D (replicate, zero x expert): the ranks that hold the same dense parameters, all."""
+    num_replicas: int
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> this rank's device."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def init_process_group(device: torch.device) -> None:
+    """Joins the process group torchrun describes, or makes one of a single process. Does nothing if there is one."""
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        share_cores()
+    alone = "RANK" not in os.environ
+    dist.init_process_group(
+        backend,
+        timeout=timedelta(minutes=30),
+        **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+    )
+
+
+def share_cores() -> None:
+    """Divides the machine's cores among its ranks: torchrun's default of one thread leaves cores idle."""
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local_ranks > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+
+
+def build_meshes(config: ParallelConfig, device: torch.device) -> Meshes:
+    """Lays the default process group out. The sizes have been checked by `config.check_world`."""
+    world, expert = dist.get_world_size(), config.expert_parallel_size
+    group = config.zero_group_size or world
+    replicas, zero = world // group, group // expert
+    mesh = init_device_mesh(device.type, (replicas, zero, expert), mesh_dim_names=("replicate", "zero", "expert"))
+    if replicas == 1:
+        expert_data = mesh["zero"]
+        dense_data = init_device_mesh(device.type, (world,), mesh_dim_names=("dense",))
+    else:
+        expert_data = mesh["replicate", "zero"]
+        dense_data = init_device_mesh(device.type, (replicas, group), mesh_dim_names=("replicate", "dense"))
+    return Meshes(device, dist.get_rank(), world, mesh["expert"], expert_data, dense_data, replicas)

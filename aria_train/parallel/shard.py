@@ -1,0 +1,92 @@
+"""Everything parallel that is done to the model, as one list of decisions: `parallelize`.
+
+ZeRO-1 through FSDP2: parameters are gathered once per optimizer step and stay whole over all its micro-batches;
+gradients accumulate locally in float32 and are reduce-scattered once, in the last micro-batch's backward pass. Master
+weights and optimizer state live in float32 shards.
+
+Gradients are plain sums over ranks, for dense and expert parameters alike, because the loss each rank differentiates
+is already divided by totals of the global batch. So no factor depends on the layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+
+from aria_train.model import AriaModel
+from aria_train.model.decoder import DecoderLayer
+from aria_train.moe.dispatch import AllToAllDispatcher
+from aria_train.parallel.mesh import Meshes
+
+
+def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
+    """Spreads a model (on the meta device) over the meshes; afterwards `to_empty` and initialise or load it.
+
+    Each `fully_shard` is one all-gather and one reduce-scatter per optimizer step.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    dense: dict[str, Any] = {"mesh": meshes.dense_data, "mp_policy": policy, "reshard_after_forward": False}
+    for layer in cast("list[DecoderLayer]", list(model.layers)):
+        spread_experts(layer, meshes.expert)
+        fully_shard(
+            layer.moe.experts,
+            mesh=meshes.expert_data,
+            mp_policy=policy,
+            reshard_after_forward=False,
+            shard_placement_fn=lambda p: expert_shard(p, meshes.expert_data.size(-1)),
+        )
+        fully_shard(layer, **dense)
+    if model.vision is not None and model.projector is not None:
+        for block in model.vision.layers:
+            fully_shard(block, **dense)
+        fully_shard(model.vision, **dense)
+        fully_shard(model.projector, **dense)
+    fully_shard(model, **dense)
+    register_fsdp_forward_method(model, "logits")
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def spread_experts(layer: DecoderLayer, mesh: DeviceMesh) -> None:
+    """Gives this rank its consecutive share of the layer's experts, and the layer the dispatcher that reaches all."""
+    if mesh.size() == 1:
+        return
+    experts = layer.moe.experts
+    for name, parameter in list(experts.named_parameters()):
+        local = torch.empty(parameter.shape[0] // mesh.size(), *parameter.shape[1:], device=parameter.device)
+        setattr(experts, name, nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False)))
+    layer.moe.dispatcher = AllToAllDispatcher(mesh.get_group())
+
+
+def expert_shard(parameter: nn.Parameter, num_ranks: int) -> Shard:
+    """Whole experts per rank while there are enough; beyond that, equal rows of every expert."""
+    local_shape = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape
+    return Shard(0) if local_shape[0] % num_ranks == 0 or local_shape[1] % num_ranks else Shard(1)
+
+
+def set_last_micro_batch(model: nn.Module, is_last: bool) -> None:
+    """Before the last micro-batch of a step: its backward pass reduces the gradients and lets the parameters go."""
+    root = cast(FSDPModule, model)
+    root.set_requires_gradient_sync(is_last)
+    root.set_reshard_after_backward(is_last)
+    root.set_is_last_backward(is_last)
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def is_expert_parameter(name: str) -> bool:
+    """Whether a parameter lies on the expert mesh, by its name."""
+    return ".moe.experts." in name

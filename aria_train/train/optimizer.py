@@ -1,0 +1,71 @@
+"""Fused AdamW on the shards, learning-rate schedules by tokens, and gradient clipping across both meshes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from aria_train.config import OptimizerConfig, RunConfig
+from aria_train.parallel.shard import is_expert_parameter
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only. Dense and expert parameters lie on different meshes, so they form groups of
+    their own: a fused kernel takes tensors of one mesh."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((is_expert_parameter(name), parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0}
+            for (_, decayed), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def learning_rate(config: RunConfig, tokens: int) -> float:
+    """Learning rate of the step that begins after `tokens` tokens."""
+    schedule, peak = config.schedule, config.optimizer.lr
+    total = schedule.total_tokens or config.train.max_tokens or config.total_steps * config.tokens_per_step
+    # The first step already moves, and the last one is at the end of the schedule.
+    done = tokens + config.tokens_per_step
+    if done < schedule.warmup_tokens:
+        return peak * done / schedule.warmup_tokens
+    floor = peak * schedule.min_lr_ratio
+    if schedule.kind == "constant":
+        return peak
+    begin = schedule.warmup_tokens if schedule.kind == "cosine" else max(schedule.warmup_tokens, total - schedule.decay_tokens)
+    progress = min(1.0, max(0.0, (done - begin) / max(1, total - begin)))
+    if schedule.kind == "cosine":
+        return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak + (floor - peak) * progress
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float, num_replicas: int) -> Tensor:
+    """Scales all gradients so that their global norm is at most `max_norm` (0: no limit). Returns the norm before.
+
+    Shards of dense and expert parameters are disjoint over the ranks of a replica, so one sum over the world, divided
+    by the number of replicas, is the whole model's.
+    """
+    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    total = norms.double().square().sum()
+    dist.all_reduce(total)
+    norm = (total / num_replicas).sqrt().float()
+    if max_norm > 0:
+        torch._foreach_mul_(gradients, (max_norm / norm.clamp(min=max_norm)).to(gradients[0].dtype))
+    return norm
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,125 @@
+"""All that a run resumes from, and what makes a resume legitimate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aria_train.config import RunConfig
+from aria_train.errors import CheckpointError
+from aria_train.model import AriaModel
+from aria_train.parallel import checkpoint
+from aria_train.parallel.checkpoint import Manifest
+
+
+@dataclass
+class TrainState:
+    """Everything resumable. The data position, the schedule and the random state are functions of `step`."""
+
+    model: AriaModel
+    optimizer: torch.optim.Optimizer
+    expert_counts: Tensor
+    """float64 [L, E]: assignments over the last global batch, which the next step's balance loss uses."""
+    step: int = 0
+    """Optimizer steps behind us."""
+    sources: dict[str, int] = field(default_factory=dict)
+    """Windows per epoch of every training source."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every saved tensor by its global name; shards as DTensors. Creates optimizer state that is not there yet."""
+        tensors: dict[str, Tensor] = {"train.expert_counts": self.expert_counts}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach()
+            if parameter.requires_grad:
+                state = self.optimizer.state[parameter]
+                if not state:
+                    step = torch.full((), float(self.step), dtype=torch.float32, device=parameter.device)
+                    state.update(step=step, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+                tensors[f"optimizer.{name}.exp_avg"] = state["exp_avg"]
+                tensors[f"optimizer.{name}.exp_avg_sq"] = state["exp_avg_sq"]
+        return tensors
+
+    def save(self, config: RunConfig, folder: Path) -> None:
+        """Publishes a checkpoint of this state. Collective."""
+        world = torch.distributed.get_world_size()
+        manifest = Manifest(
+            step=self.step,
+            tokens=self.step * config.tokens_per_step,
+            config=config.model_dump(mode="json"),
+            layout={"world_size": world, "expert_parallel_size": config.parallel.expert_parallel_size},
+            sources=self.sources,
+            files={},
+        )
+        checkpoint.save(folder, self.tensors(), manifest)
+
+    def load(self, folder: Path) -> None:
+        """Takes over everything from a checkpoint of the same run, at any layout. Collective."""
+        self.step = checkpoint.read_manifest(folder).step
+        checkpoint.load(folder, self.tensors())
+        for state in self.optimizer.state.values():
+            state["step"].fill_(float(self.step))
+
+
+def load_weights(model: AriaModel, folder: Path) -> None:
+    """Takes over the weights alone, for a new run. Collective."""
+    checkpoint.load(folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+
+
+# What may differ between the run that saved and the run that goes on: layout, speed, logging, length. All else fixes
+# the weights, the data order or the loss.
+_FREE = {
+    "parallel": None,
+    "logging": None,
+    "checkpoint": None,
+    "data": {"tokenizer", "validation", "workers", "prefetch_batches"},
+    "train": {
+        "micro_batch_size", "max_tokens", "max_steps", "precision", "recompute", "run_dir", "eval_interval_steps",
+        "eval_windows", "device",
+    },
+}  # fmt: skip
+
+
+def check_resumable(config: RunConfig, sources: dict[str, int], folder: Path) -> None:
+    """Refuses to go on from a checkpoint under a configuration that would make another run of it."""
+    manifest = checkpoint.read_manifest(folder)
+    before, now = _binding(manifest.config), _binding(config.model_dump(mode="json"))
+    differing = [
+        f"{key}: {before.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if not differing:
+        differing = [
+            f"data.train.{name}: {manifest.sources.get(name)} windows per epoch in the checkpoint, {windows} now"
+            for name, windows in sources.items()
+            if manifest.sources.get(name) != windows
+        ]
+    if differing:
+        raise CheckpointError(
+            f"{folder} cannot be resumed under this configuration; it differs in: {'; '.join(differing)}. "
+            "Restore these values, or start a new run from its weights: another train.run_dir, with "
+            f"checkpoint.init_from={folder}."
+        )
+
+
+def _binding(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys a resume must not change, flat: `section.key` -> value. Corpora may move, so paths are left out."""
+    flat: dict[str, Any] = {}
+    for section, values in config.items():
+        free = _FREE.get(section, set())
+        if free is None:
+            continue
+        if not isinstance(values, dict):
+            flat[section] = values
+            continue
+        for key, value in values.items():
+            if key == "preset" or key in free:
+                continue
+            if section == "data" and key == "train":
+                value = {source["name"]: source["weight"] for source in value}
+            flat[f"{section}.{key}"] = value
+    return flat
