@@ -33,9 +33,6 @@ _GRID_CELLS = ((1, 2), (1, 3), (1, 4), (1, 5), (1, 6), (1, 7), (1, 8), (2, 4), (
                (4, 1), (4, 2), (5, 1), (6, 1), (7, 1), (8, 1))  # fmt: skip
 """Candidate grids for `split`, as (rows, columns) of the unit. The order decides ties."""
 
-_NORMALISED = ((np.arange(256, dtype=np.float64) / 255 - 0.5) / 0.5).astype(np.float32)
-"""Pixel value -> normalised value (mean 0.5, standard deviation 0.5)."""
-
 # `decode` refuses what Pillow would warn about, with a reason of its own.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -281,8 +278,7 @@ def _patchify(pixels: NDArray[np.uint8], num_queries: int, vision: VisionConfig)
     padded = np.zeros((rows * patch, columns * patch, 3), np.uint8)
     padded[:height, :width] = pixels
     patches = padded.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3)
-    return ProcessedImage(
-        _NORMALISED[patches.reshape(rows * columns, 3 * patch * patch)],
-        position_ids(rows, columns, vision.position_grid),
-        num_queries,
-    )
+    normalised = patches.reshape(rows * columns, 3 * patch * patch).astype(np.float32)
+    normalised *= 1 / 127.5  # (x / 255 - mean) / std with both 0.5
+    normalised -= 1
+    return ProcessedImage(normalised, position_ids(rows, columns, vision.position_grid), num_queries)
