@@ -171,10 +171,11 @@ def _open_wandb(run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any]
             settings=wandb.Settings(console="off"),
         )
     except wandb.Error as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(
-            f"logging.wandb is {logging.wandb}, but wandb cannot start: {' '.join(str(error).split()).rstrip('.')}. Log in with "
-            "`wandb login` or WANDB_API_KEY, or set logging.wandb=offline (no account or network needed; "
-            "`wandb sync` sends it later), or logging.wandb=off."
+            f"logging.wandb is {logging.wandb}, but wandb cannot start: {reason}. Log in with `wandb login` or "
+            "WANDB_API_KEY, or set logging.wandb=offline (no account or network needed; `wandb sync` sends it later), "
+            "or logging.wandb=off."
         ) from None
 
 
