@@ -24,6 +24,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -33,7 +34,7 @@ from aria_train.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER_BYTES = 34
-DTYPES = {
+DTYPES: dict[int, np.dtype] = {
     1: np.dtype("<u1"),
     2: np.dtype("<i1"),
     3: np.dtype("<i2"),
@@ -221,9 +222,8 @@ class IndexedWriter:
         """Adds a document: its tokens, cut into sequences of `lengths` (default: one), with a mode for each."""
         values = np.asarray(tokens)
         if len(values):
-            assert values.min() >= self._bounds.min and values.max() <= self._bounds.max, (
-                f"token ids {values.min()} to {values.max()} do not fit {self.dtype}"
-            )
+            fits = self._bounds.min <= values.min() <= values.max() <= self._bounds.max
+            assert fits, f"token ids {values.min()} to {values.max()} do not fit {self.dtype}"
         lengths = [len(values)] if lengths is None else lengths
         assert sum(lengths) == len(values), f"sequences of {lengths} do not make up {len(values)} tokens"
         self._bin.write(values.astype(self.dtype).tobytes())
@@ -276,7 +276,7 @@ def publish(temporary: str, prefix: str) -> None:
     os.replace(temporary + ".idx", prefix + ".idx")
 
 
-def _close_durably(file) -> None:
+def _close_durably(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()

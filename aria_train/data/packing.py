@@ -87,7 +87,7 @@ def pack(lengths: NDArray[np.integer], capacity: int, seed: int) -> tuple[NDArra
     lengths = np.asarray(lengths)
     if not len(lengths):
         return np.zeros(1, np.int64), np.empty(0, np.int64)
-    assert lengths.min() >= 1 and lengths.max() <= capacity, "every item must fit a bin"
+    assert 1 <= lengths.min() <= lengths.max() <= capacity, "every item must fit a bin"
     order = np.argsort(mix_bits(np.arange(len(lengths), dtype=np.uint64), seed))
     longest_first = (capacity - lengths[order]).astype(np.uint16 if capacity < 2**16 else np.int64)
     order = order[np.argsort(longest_first, kind="stable")]

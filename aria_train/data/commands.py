@@ -1,0 +1,118 @@
+"""The `data` command: tokenizers, preparation, and a look into a corpus. Only argparse is imported until one runs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def register(subparsers: Any) -> None:
+    """Adds `data` and its subcommands to the command line's `add_subparsers` object."""
+    data = subparsers.add_parser(
+        "data",
+        help="prepare, inspect and describe corpora",
+        description="Makes tokenizers and corpora, and looks into them.",
+    )
+    commands = data.add_subparsers(required=True, metavar="COMMAND")
+    _register_tokenizer(commands)
+    _register_prepare(commands)
+    _register_inspect(commands)
+
+
+def _register_tokenizer(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tokenizer",
+        help="train a byte-level BPE tokenizer, or take over an existing one",
+        description="Trains a byte-level BPE tokenizer on documents and writes it as a Hugging Face tokenizer folder, "
+        "with Aria's special tokens at Aria's ids; or, with --from, checks and copies an existing folder.",
+    )
+    parser.add_argument("output", metavar="FOLDER", help="tokenizer folder to write")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or globs to train on")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, 64 reserved ones included (%(default)s)")
+    parser.add_argument("--from", dest="source", metavar="FOLDER", help="copy this Hugging Face tokenizer instead")
+    parser.add_argument("--max-bytes", type=float, default=1e9, help="bytes of text to train on (%(default).0e)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
+    _add_reading_options(parser)
+    parser.set_defaults(run=_tokenizer)
+
+
+def _register_prepare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "prepare",
+        help="turn documents into a corpus",
+        description="Turns documents into a corpus. Text (JSON lines, Parquet, or plain files) becomes a Megatron pair "
+        "PREFIX.bin and PREFIX.idx with PREFIX.json describing it; the multimodal formats become a folder.",
+    )
+    parser.add_argument("output", metavar="PREFIX", help="where the corpus goes: a prefix (text) or a folder (others)")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or globs")
+    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="Hugging Face tokenizer folder")
+    parser.add_argument(
+        "--format",
+        choices=("text", "chat", "interleaved", "captions", "parquet-images"),
+        default="text",
+        help="what the inputs hold (%(default)s)",
+    )
+    parser.add_argument(
+        "--holdout-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="share of documents, chosen by their hash, that goes to PREFIX_validation instead",
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one per CPU)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
+    _add_reading_options(parser)
+    parser.set_defaults(run=_prepare)
+
+
+def _add_reading_options(parser: Any) -> None:
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or Parquet column (%(default)s)")
+    parser.add_argument(
+        "--glob",
+        action="append",
+        metavar="PATTERN",
+        help="which files of a folder are read, such as '*.py'; may be repeated (default: JSON lines, Parquet, "
+        "*.txt and *.md)",
+    )
+
+
+def _register_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="describe a corpus",
+        description="Describes a corpus: documents, tokens, lengths, how well it packs, and a decoded sample.",
+    )
+    parser.add_argument("path", metavar="PREFIX", help="corpus: prefix, or folder of pairs")
+    parser.add_argument("--context-length", type=int, default=8192, metavar="N", help="window length (%(default)s)")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="decodes the sample (default: as prepared)")
+    parser.add_argument("--document", type=int, default=0, metavar="N", help="document to show (%(default)s)")
+    parser.set_defaults(run=_inspect)
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+    from aria_train.data import tokenizer
+
+    if args.source is not None:
+        tokenizer.copy_tokenizer(args.source, args.output, overwrite=args.overwrite)
+    else:
+        tokenizer.train_tokenizer_from_files(args)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    """Multimodal formats go to `prepare_multimodal.prepare(args)`, with the namespace of `_register_prepare`: `output`
+    (a folder), `inputs`, `tokenizer`, `format`, `holdout_fraction`, `processes` (None = one per CPU), `overwrite`,
+    `text_key`, `glob`, all as given; whatever they need beyond that they add there."""
+    if args.format == "text":
+        from aria_train.data import prepare
+
+        prepare.prepare(args)
+    else:
+        from aria_train.data import prepare_multimodal
+
+        prepare_multimodal.prepare(args)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from aria_train.data import inspection
+
+    inspection.inspect(args)

@@ -1,0 +1,177 @@
+"""From the global window index to micro-batches on a rank.
+
+`window n -> (source, k-th window of it) -> epoch k // N, permuted position in it -> Window`, and some windows laid end
+to end make a MicroBatch. All of it is a pure function of (configuration, n), so the only state is the step: resuming
+is starting there, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from aria_train.batch import ImageBatch, MicroBatch
+from aria_train.config import RunConfig
+from aria_train.data.mixture import Mixture
+from aria_train.data.permutation import permute
+from aria_train.data.text import open_source
+from aria_train.data.window import Source, Window
+from aria_train.errors import ConfigError
+
+
+class Blend:
+    """The training stream: window n of the run, whoever asks. Safe to read from many threads."""
+
+    def __init__(self, config: RunConfig) -> None:
+        if not config.data.train:
+            raise ConfigError(
+                "data.train: no source given; list at least one, such as {name: web, path: data/web}. "
+                "`aria-train data prepare` makes a corpus."
+            )
+        self.seed = config.train.seed
+        self.sources: list[Source] = [open_source(source, config) for source in config.data.train]
+        self.mixture = Mixture([source.weight for source in config.data.train])
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(source, position in it) of window `index`; each epoch of a source is another permutation of it."""
+        which, number = self.mixture.locate(index)
+        source = self.sources[which]
+        epoch, place = divmod(number, source.num_windows)
+        return which, permute(place, source.num_windows, f"{self.seed}/{source.name}/{epoch}")
+
+    def micro_batch(self, first: int, count: int) -> MicroBatch:
+        """Windows first:first + count of the run, packed."""
+        places = [self.locate(index) for index in range(first, first + count)]
+        return pack_windows([self.sources[which].read(position) for which, position in places], [w for w, _ in places])
+
+
+class Loader:
+    """Iterates the training stream: per optimizer step, the micro-batches of one rank.
+
+    Step s holds windows [s * G, (s + 1) * G), G = train.global_batch_size; rank r takes the r-th contiguous slice of
+    them. Threads keep `data.prefetch_batches` micro-batches ahead; what goes wrong in one is raised where its batch is
+    asked for. Endless; close it, or use it in a `with` block.
+    """
+
+    def __init__(self, config: RunConfig, rank: int = 0, world_size: int = 1, start_step: int = 0) -> None:
+        train = config.train
+        self.micro_batch_size, self.global_batch_size = train.micro_batch_size, train.global_batch_size
+        self.num_micro_batches, rest = divmod(self.global_batch_size, world_size * self.micro_batch_size)
+        assert not rest, "check_world admits only batches that divide evenly"
+        self.blend = Blend(config)
+        self._first_window = rank * (self.global_batch_size // world_size)
+        self._firsts = self._first_windows(start_step)
+        self._ahead = config.data.prefetch_batches
+        self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="loader")
+        self._pending: deque[Future[MicroBatch]] = deque()
+        self._closed = False
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources of the blend; `MicroBatch.source_ids` index them."""
+        return self.blend.sources
+
+    def _first_windows(self, step: int) -> Iterator[int]:
+        """First window of each of this rank's micro-batches, from the given step on."""
+        for current in itertools.count(step):
+            base = current * self.global_batch_size + self._first_window
+            yield from (base + i * self.micro_batch_size for i in range(self.num_micro_batches))
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        """The micro-batches of the next step."""
+        if self._closed:
+            raise StopIteration
+        return [self._next_micro_batch() for _ in range(self.num_micro_batches)]
+
+    def _next_micro_batch(self) -> MicroBatch:
+        while len(self._pending) < self._ahead + 1:
+            self._pending.append(self._pool.submit(self._load, next(self._firsts)))
+        return self._pending.popleft().result()
+
+    def _load(self, first: int) -> MicroBatch:
+        return pin(self.blend.micro_batch(first, self.micro_batch_size))
+
+    def close(self) -> None:
+        """Stops the threads; they finish the batch they are at."""
+        self._closed = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def validation_batches(config: RunConfig, rank: int = 0, world_size: int = 1) -> Iterator[MicroBatch]:
+    """The first `train.eval_windows` windows (or all, if fewer) of each source of `data.validation`, in a fixed
+    shuffled order: this rank's share of them, at most `train.micro_batch_size` per batch.
+
+    A batch holds one source's windows, and `source_ids` index `data.validation`. Ranks may get different numbers of
+    batches, or none. The windows do not depend on train.seed, so losses of runs with different seeds compare.
+    """
+    fixed = config.model_copy(update={"train": config.train.model_copy(update={"seed": 0})})
+    for which, source_config in enumerate(config.data.validation):
+        source = open_source(source_config, fixed)
+        mine = range(rank, min(config.train.eval_windows, source.num_windows), world_size)
+        for at in range(0, len(mine), config.train.micro_batch_size):
+            batch = mine[at : at + config.train.micro_batch_size]
+            positions = [permute(place, source.num_windows, "validation") for place in batch]
+            yield pin(pack_windows([source.read(position) for position in positions], [which] * len(batch)))
+
+
+def pack_windows(windows: Sequence[Window], sources: Sequence[int]) -> MicroBatch:
+    """Lays windows end to end; `sources` says which source of the blend each came from."""
+    lengths = np.concatenate([window.document_lengths for window in windows])
+    documents = [len(window.document_lengths) for window in windows]
+    return MicroBatch(
+        token_ids=torch.from_numpy(np.concatenate([window.token_ids for window in windows]).astype(np.int64)),
+        labels=torch.from_numpy(np.concatenate([window.labels for window in windows]).astype(np.int64)),
+        starts=_starts(lengths),
+        max_document=int(lengths.max()),
+        source_ids=torch.from_numpy(np.repeat(np.asarray(sources, np.int64), documents)),
+        images=_pack_images(windows),
+    )
+
+
+def _pack_images(windows: Sequence[Window]) -> ImageBatch | None:
+    images = [image for window in windows for image in window.images]
+    if not images:
+        return None
+    return ImageBatch(
+        patches=torch.from_numpy(np.concatenate([image.patches for image in images])),
+        position_ids=torch.from_numpy(np.concatenate([image.position_ids for image in images])),
+        starts=_starts([len(image.patches) for image in images]),
+        num_queries=[image.num_queries for image in images],
+    )
+
+
+def _starts(lengths: Iterable[int]) -> torch.Tensor:
+    """int32 [n + 1]: where each of n stretches begins, then where the last one ends."""
+    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+
+
+def pin(batch: MicroBatch) -> MicroBatch:
+    """The batch in page-locked memory, from which copies to a GPU run beside computation; elsewhere, as it is."""
+    return _pin(batch) if torch.cuda.is_available() else batch
+
+
+def _pin(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.pin_memory()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _pin(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
