@@ -73,11 +73,15 @@ class MicroBatch:
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
 
+    def source_of_target(self) -> Tensor:
+        """int64 [number of targets]: the source each target came from."""
+        per_token = torch.repeat_interleave(self.source_ids, self.starts.diff(), output_size=self.num_tokens)
+        return per_token[self.target_positions]
+
     def position_ids(self) -> Tensor:
         """int64 [T]: positions count from 0 in every document."""
-        lengths = self.starts.diff()
-        offsets = torch.repeat_interleave(self.starts[:-1], lengths, output_size=self.token_ids.shape[0])
-        return torch.arange(self.token_ids.shape[0], device=offsets.device) - offsets
+        offsets = torch.repeat_interleave(self.starts[:-1], self.starts.diff(), output_size=self.num_tokens)
+        return torch.arange(self.num_tokens, device=offsets.device) - offsets
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on a device; pinned memory makes the copies asynchronous."""

@@ -504,7 +504,7 @@ def _section_in(annotation: Any) -> type[Section] | None:
 
 def _did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _divisors(number: int) -> list[int]:

@@ -7,6 +7,9 @@ Everything else that goes wrong is a defect and keeps its traceback.
 class UserError(Exception):
     """Something the user can mend. The message says what was given, where, what is allowed and what to do."""
 
+    spokesman: bool | None = None
+    """Of several ranks that met it, whether this one prints it; None: not settled, rank 0 does."""
+
 
 class ConfigError(UserError):
     """A configuration file, key, value, or combination of values that cannot work."""

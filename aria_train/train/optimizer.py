@@ -58,8 +58,9 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, num_replicas
     by the number of replicas, is the whole model's.
     """
     gradients = [_local(p.grad) for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    total = norms.double().square().sum()
+    # In float64: float32 sums of a large tensor are off by 1e-5, depending on how it is cut.
+    norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float64))
+    total = norms.square().sum()
     dist.all_reduce(total)
     norm = (total / num_replicas).sqrt().float()
     if max_norm > 0:

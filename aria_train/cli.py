@@ -1,0 +1,69 @@
+"""The `aria-train` command. Heavy imports stay inside the functions that need them: `--help` must be instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from aria_train.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 done, 2 the user can mend it."""
+    parser = _build_parser()
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except UserError as error:
+        _print_error(error)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("aria-train: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    from aria_train.data import commands as data_commands
+
+    parser = argparse.ArgumentParser(
+        prog="aria-train",
+        description="Pre-trains Aria, a multimodal mixture-of-experts model, stage by stage.",
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = subparsers.add_parser(
+        "train",
+        help="train one stage; goes on from its run directory by itself",
+        description="Trains one stage. Run it alone for one process, or under torchrun for many. Started again, it "
+        "goes on from the newest complete checkpoint of train.run_dir.",
+    )
+    train.add_argument("config", metavar="CONFIG", help="the stage's YAML file")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
+    train.set_defaults(run=_train)
+    data_commands.register(subparsers)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    from aria_train.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from aria_train.train.session import run_stage
+
+    run_stage(config)
+
+
+def _print_error(error: UserError) -> None:
+    """One paragraph per cause: of the ranks that meet the same error, one speaks."""
+    rank = os.environ.get("RANK")
+    if rank is None:
+        print(f"aria-train: error: {error}", file=sys.stderr, flush=True)
+    elif error.spokesman if error.spokesman is not None else rank == "0":
+        print(f"aria-train: error (rank {rank}): {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1)  # The launcher ends all ranks when the first exits: let the one that speaks finish.

@@ -1,0 +1,298 @@
+"""A prepared multimodal corpus on disk: a folder of Arrow files and `meta.json`.
+
+One row per sample. Token ids already hold every image as a run of image tokens, so that lengths are known and windows
+can be packed without decoding; image files are kept as they came, compressed. The Arrow files (IPC file format,
+uncompressed) are memory-mapped: a row costs its own bytes, whatever the size of the corpus.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import json
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from aria_train.data.images import ImageLayout
+from aria_train.errors import DataError
+
+KIND, VERSION = "multimodal", 1
+META = "meta.json"
+
+SCHEMA = pa.schema(
+    {
+        "token_ids": pa.large_list(pa.int32()),
+        "loss": pa.large_list(pa.uint8()),
+        "images": pa.large_list(pa.large_binary()),
+        "placements": pa.large_list(
+            pa.struct({name: pa.int32() for name in ("start", "size", "num_queries", "grid_height", "grid_width")})
+        ),
+        "num_tokens": pa.int32(),
+        "num_images": pa.int32(),
+        "num_image_tokens": pa.int32(),
+        "category": pa.string(),
+        "origin": pa.string(),
+    }
+)
+"""`num_images` counts what the encoder sees: a split image counts once per crop."""
+
+_BATCH_BYTES = 16 << 20
+_SHARD_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image stands in its sample."""
+
+    start: int
+    """Index of its first image token."""
+    layout: ImageLayout
+
+    @property
+    def end(self) -> int:
+        """Index behind its last image token."""
+        return self.start + self.layout.num_tokens
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation or document. m tokens."""
+
+    token_ids: NDArray[np.int32]
+    """[m]"""
+    loss: NDArray[np.uint8]
+    """[m]: 1 where the token is a prediction target; 0 for image tokens, always."""
+    images: list[bytes]
+    """Compressed image files in order of appearance."""
+    placements: list[Placement]
+    """One per image, in order; split crops of an image share its placement."""
+    category: str
+    """What kind of data it is, such as `captions`."""
+    origin: str
+    """File and line (or row) it was prepared from."""
+
+
+class Writer:
+    """Writes a folder: Arrow files in order, then meta.json. `close` with what the writer cannot know."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True)
+        self.samples = self.tokens = self.targets = self.images = self.image_tokens = self.longest = 0
+        self.largest_token_id = 0
+        self._categories: Counter[str] = Counter()
+        self._shards: list[dict[str, Any]] = []
+        self._file: Any = None
+        self._digest = hashlib.sha256()
+        self._rows: list[Sample] = []
+        self._bytes = 0
+
+    def add(self, sample: Sample) -> None:
+        """Appends a sample."""
+        self.samples += 1
+        self.tokens += len(sample.token_ids)
+        self.targets += int(sample.loss[1:].sum())
+        self.images += len(sample.images)
+        self.image_tokens += sum(placement.layout.num_tokens for placement in sample.placements)
+        self.longest = max(self.longest, len(sample.token_ids))
+        self.largest_token_id = max(self.largest_token_id, int(sample.token_ids.max()))
+        self._categories[sample.category] += 1
+        self._rows.append(sample)
+        self._bytes += 5 * len(sample.token_ids) + sum(map(len, sample.images))
+        if self._bytes >= _BATCH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        batch = _to_batch(self._rows)
+        if self._file is None:
+            name = f"samples-{len(self._shards):05d}.arrow"
+            self._shards.append({"file": name, "rows": 0})
+            self._sink = pa.OSFile(str(self.folder / name), "wb")
+            self._file = pa.ipc.new_file(self._sink, SCHEMA)
+        self._file.write_batch(batch)
+        self._digest.update(batch.serialize())
+        self._shards[-1]["rows"] += len(self._rows)
+        self._rows, self._bytes = [], 0
+        if self._sink.tell() >= _SHARD_BYTES:
+            self._end_shard()
+
+    def _end_shard(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._shards[-1]["bytes"] = self._sink.tell()
+            self._sink.close()
+            self._file = None
+
+    def close(self, **details: Any) -> dict[str, Any]:
+        """Ends the last file and writes meta.json with the counts and `details`; returns what it wrote."""
+        self._flush()
+        self._end_shard()
+        meta = {
+            "kind": KIND,
+            "version": VERSION,
+            **details,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "targets": self.targets,
+            "images": self.images,
+            "image_tokens": self.image_tokens,
+            "longest_sample": self.longest,
+            "largest_token_id": self.largest_token_id,
+            "categories": dict(sorted(self._categories.items())),
+            "fingerprint": self._digest.hexdigest(),
+            "files": self._shards,
+        }
+        (self.folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return meta
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._end_shard()
+
+
+def _to_batch(rows: list[Sample]) -> pa.RecordBatch:
+    placements = [
+        [
+            {
+                "start": placement.start,
+                "size": placement.layout.size,
+                "num_queries": placement.layout.num_queries,
+                "grid_height": placement.layout.grid[0] if placement.layout.grid else 0,
+                "grid_width": placement.layout.grid[1] if placement.layout.grid else 0,
+            }
+            for placement in row.placements
+        ]
+        for row in rows
+    ]
+    columns = {
+        "token_ids": [row.token_ids for row in rows],
+        "loss": [row.loss for row in rows],
+        "images": [row.images for row in rows],
+        "placements": placements,
+        "num_tokens": [len(row.token_ids) for row in rows],
+        "num_images": [sum(placement.layout.num_crops for placement in row.placements) for row in rows],
+        "num_image_tokens": [sum(placement.layout.num_tokens for placement in row.placements) for row in rows],
+        "category": [row.category for row in rows],
+        "origin": [row.origin for row in rows],
+    }
+    return pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+
+
+class Reader:
+    """A prepared folder, memory-mapped. Safe to read from many threads. Raises DataError for one that is not whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta = _read_meta(folder)
+        self._first_rows = np.cumsum([0, *(shard["rows"] for shard in self.meta["files"])]).tolist()
+        for shard in self.meta["files"]:
+            path = folder / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                found = f"{path.stat().st_size:,} bytes" if path.is_file() else "no such file"
+                raise DataError(
+                    f"{path}: {found}, but {META} beside it says {shard['bytes']:,} bytes. The corpus is incomplete: "
+                    "copy the whole folder again, or prepare it again with `aria-train data prepare`."
+                )
+        self._lock = threading.Lock()
+        # An evicted file stays mapped for as long as anything read from it is in use.
+        self._open_shard = functools.lru_cache(maxsize=64)(self._map_shard)
+        self._open_batch = functools.lru_cache(maxsize=256)(self._map_batch)
+
+    def __len__(self) -> int:
+        return self._first_rows[-1]
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of every sample: int32 [samples]."""
+        columns = [
+            batch.column("num_tokens").to_numpy()
+            for shard in range(len(self.meta["files"]))
+            for batch in self._batches(shard)
+        ]
+        return np.concatenate([np.empty(0, np.int32), *columns])
+
+    def placements(self, row: int) -> list[Placement]:
+        """The images of sample `row`."""
+        batch, at = self._find(row)
+        return [
+            Placement(
+                start=item["start"],
+                layout=ImageLayout(
+                    item["size"],
+                    item["num_queries"],
+                    (item["grid_height"], item["grid_width"]) if item["grid_height"] else None,
+                ),
+            )
+            for item in batch.column("placements")[at].as_py()
+        ]
+
+    def sample(self, row: int) -> Sample:
+        """Sample `row`; arrays are read-only views of the file."""
+        batch, at = self._find(row)
+        return Sample(
+            token_ids=batch.column("token_ids")[at].values.to_numpy(),
+            loss=batch.column("loss")[at].values.to_numpy(),
+            images=batch.column("images")[at].as_py(),
+            placements=self.placements(row),
+            category=batch.column("category")[at].as_py(),
+            origin=batch.column("origin")[at].as_py(),
+        )
+
+    def _find(self, row: int) -> tuple[pa.RecordBatch, int]:
+        assert 0 <= row < len(self), f"sample {row} of {len(self)}"
+        shard = bisect.bisect_right(self._first_rows, row) - 1
+        with self._lock:  # Arrow's file reader is not safe to share between threads; the batches it gives are
+            _, starts = self._open_shard(shard)
+            local = row - self._first_rows[shard]
+            number = bisect.bisect_right(starts, local) - 1
+            return self._open_batch(shard, number), local - starts[number]
+
+    def _map_shard(self, shard: int) -> tuple[Any, list[int]]:
+        path = self.folder / self.meta["files"][shard]["file"]
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            if reader.schema != SCHEMA:
+                raise DataError(f"{path}: its columns are not those of a prepared corpus. Prepare it again.")
+            rows = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: not readable as Arrow ({error}). Copy or prepare the corpus again.") from None
+        return reader, np.cumsum([0, *rows]).tolist()
+
+    def _map_batch(self, shard: int, number: int) -> pa.RecordBatch:
+        return self._open_shard(shard)[0].get_batch(number)
+
+    def _batches(self, shard: int) -> list[pa.RecordBatch]:
+        with self._lock:
+            reader, starts = self._open_shard(shard)
+            return [reader.get_batch(number) for number in range(len(starts) - 1)]
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / META
+    advice = "A multimodal corpus is a folder made by `aria-train data prepare`."
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). {advice}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}). {advice}") from None
+    if not isinstance(meta, dict) or meta.get("kind") != KIND:
+        raise DataError(f"{path}: does not describe a multimodal corpus (kind: {KIND}). {advice}")
+    if meta.get("version") != VERSION:
+        raise DataError(
+            f"{path}: version {meta.get('version')} of the format; this program reads version {VERSION}. Prepare the "
+            "corpus again."
+        )
+    return meta

@@ -1,0 +1,201 @@
+"""The training loop of one stage.
+
+    trainer = Trainer(config)     model, data, optimizer; goes on from the run directory's newest checkpoint
+    trainer.run()                 for every step:
+                                      micro-batches -> forward -> objective -> backward   (gradients stay local)
+                                      last micro-batch's backward reduces gradients       (one reduce-scatter)
+                                      clip -> AdamW on shards -> metrics -> evaluation -> checkpoint
+
+A step depends on its number and the configuration alone: which windows it reads, its learning rate, its random state.
+So a resumed run repeats nothing and skips nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from aria_train.batch import MicroBatch
+from aria_train.config import RunConfig, check_world, dump_config
+from aria_train.data.loader import Loader
+from aria_train.errors import CheckpointError
+from aria_train.model import AriaModel
+from aria_train.model.init import initialise
+from aria_train.parallel import checkpoint
+from aria_train.parallel.collectives import sum_over_ranks
+from aria_train.parallel.mesh import build_meshes, init_process_group, pick_device
+from aria_train.parallel.shard import parallelize, set_last_micro_batch
+from aria_train.train.console import Console, peak_memory_gib
+from aria_train.train.evaluation import evaluate_loss
+from aria_train.train.metrics import MetricsWriter
+from aria_train.train.objective import StepSums, Totals, objective, step_metrics
+from aria_train.train.optimizer import build_optimizer, clip_gradients, learning_rate
+from aria_train.train.state import TrainState, check_resumable, load_weights
+
+
+class Trainer:
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.device = pick_device(config.train.device)
+        init_process_group(self.device)
+        check_world(config, dist.get_world_size())
+        self.run_dir = Path(config.train.run_dir)
+        self.meshes = build_meshes(config.parallel, self.device)
+        self.is_main = self.meshes.rank == 0
+        self.console = Console(config.total_steps, enabled=self.is_main)
+        newest, self.torn = checkpoint.latest(self.run_dir)
+        start_step = checkpoint.read_manifest(newest).step if newest is not None else 0
+        self.loader = Loader(config, self.meshes.rank, self.meshes.world_size, start_step)
+        self.state = self._build_state()
+        self._fill_state(newest)
+        self.writer: MetricsWriter | None = None
+        if self.is_main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            self.writer = MetricsWriter(self.run_dir, config.logging, config.model_dump(mode="json"), start_step)
+
+    def run(self) -> None:
+        """Trains to the last step; saves and evaluates on the way and at the end."""
+        config, state = self.config, self.state
+        if state.step >= config.total_steps:
+            self.console.message(f"already complete: {state.step} of {config.total_steps} steps")
+            return
+        self.console.start(state.step)
+        try:
+            if state.step == 0:
+                self._evaluate()
+            while state.step < config.total_steps:
+                self._report(self._step(next(self.loader)))
+                last = state.step == config.total_steps
+                if last or _due(state.step, config.train.eval_interval_steps):
+                    self._evaluate()
+                if last or _due(state.step, config.checkpoint.interval_steps):
+                    self._save()
+        finally:
+            self.loader.close()
+            self.console.stop()
+            if self.writer is not None:
+                self.writer.close()
+
+    def _step(self, batches: list[MicroBatch]) -> dict[str, Any]:
+        """One optimizer step on the global batch; returns its metrics, the same on every rank."""
+        config, state, began = self.config, self.state, time.perf_counter()
+        torch.manual_seed(hash((config.train.seed, state.step, self.meshes.rank)) % 2**63)
+        totals = self._totals(batches)
+        sums = StepSums(len(config.data.train))
+        state.model.train()
+        for index, batch in enumerate(batches):
+            set_last_micro_batch(state.model, index == len(batches) - 1)
+            batch = batch.to(self.device)
+            output = state.model(batch)
+            objective(output, totals, state.expert_counts, config.model).backward()
+            sums.add(output, batch.source_of_target())
+        lr = learning_rate(config, state.step * config.tokens_per_step)
+        grad_norm = self._update(lr)
+        reduced = sum_over_ranks(sums.sums, self.device)
+        state.expert_counts.copy_(reduced["counts"])
+        state.step += 1
+        losses = step_metrics(reduced, totals, config.model, [source.name for source in config.data.train])
+        seconds = time.perf_counter() - began
+        return {
+            "stage": config.stage,
+            "step": state.step,
+            "tokens": state.step * config.tokens_per_step,
+            **losses,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens_per_second": config.tokens_per_step / seconds,
+            "step_seconds": seconds,
+            "memory_gib": peak_memory_gib(),
+        }
+
+    def _update(self, lr: float) -> float:
+        """Clips, moves the weights, and forgets the gradients. Returns the gradient norm before clipping."""
+        optimizer = self.state.optimizer
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = clip_gradients(parameters, self.config.optimizer.clip_norm, self.meshes.num_replicas)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def _totals(self, batches: list[MicroBatch]) -> Totals:
+        """Targets and tokens of the global batch."""
+        mine = torch.tensor([sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)])
+        both = sum_over_ranks({"both": mine}, self.device)["both"].tolist()
+        return Totals(targets=both[0], tokens=both[1])
+
+    def _build_state(self) -> TrainState:
+        """The sharded model without weights yet, and its optimizer."""
+        config = self.config
+        with torch.device("meta"):
+            model = AriaModel(config.model)
+        model.recompute = config.train.recompute
+        parallelize(model, self.meshes, config.train.precision)
+        model.to_empty(device=self.device)
+        counts = torch.zeros(config.model.num_layers, config.model.num_experts, dtype=torch.float64, device=self.device)
+        optimizer = build_optimizer(model, config.optimizer)
+        return TrainState(model, optimizer, counts, sources=self._windows_per_epoch())
+
+    def _windows_per_epoch(self) -> dict[str, int]:
+        return {source.name: source.num_windows for source in self.loader.sources}
+
+    def _fill_state(self, newest: Path | None) -> None:
+        """Goes on from the newest complete checkpoint of the run directory; else starts from weights or from noise."""
+        config = self.config
+        for sentence in self.torn:
+            self.console.message(sentence)
+        if newest is not None:
+            check_resumable(config, self.state.sources, newest)
+            self.state.load(newest)
+            self.console.message(f"resumed from {newest}")
+            return
+        initialise(self.state.model, config.model.init_std, config.train.seed)
+        if config.checkpoint.init_from is not None:
+            folder = checkpoint.resolve(config.checkpoint.init_from)
+            load_weights(self.state.model, folder)
+            self.console.message(f"weights from {folder}")
+
+    def _report(self, metrics: dict[str, Any]) -> None:
+        self.console.update(metrics)
+        if self.writer is not None:
+            self.writer.log_step(metrics)
+
+    def _evaluate(self) -> None:
+        if not self.config.train.eval_interval_steps or not self.config.data.validation:
+            return
+        losses = evaluate_loss(self.state.model, self.config, self.meshes)
+        self.console.message(
+            f"step {self.state.step}: held-out loss " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items())
+        )
+        if self.writer is not None:
+            step, tokens = self.state.step, self.state.step * self.config.tokens_per_step
+            self.writer.log_evaluation({"stage": self.config.stage, "step": step, "tokens": tokens, **losses})
+
+    def _save(self) -> None:
+        target = checkpoint.folder_of_step(self.run_dir, self.state.step)
+        try:
+            self.state.save(self.config, target)
+        except OSError as error:
+            raise CheckpointError(
+                f"{target} could not be written: {error}. Earlier checkpoints are untouched; free space or mend the "
+                "permissions and run the same command again."
+            ) from None
+        if self.is_main:
+            checkpoint.prune(self.run_dir, self.config.checkpoint.keep_last)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def train(config: RunConfig) -> None:
+    """Trains one stage, or goes on with it, on the ranks torchrun started or on this process alone."""
+    Trainer(config).run()
+
+
