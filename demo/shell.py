@@ -1,0 +1,60 @@
+"""How the demo's scripts run the commands that a user would type, show them, and end when one fails."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository. Commands run in it, so that paths in configurations and messages are short."""
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message says what to do."""
+
+
+def aria_train(*arguments: str) -> None:
+    """Runs `aria-train ARGUMENTS`."""
+    show("aria-train", *arguments)
+    execute([sys.executable, "-m", "aria_train", *arguments])
+
+
+def torchrun(processes: int, *arguments: str) -> None:
+    """Runs `torchrun ... -m aria_train ARGUMENTS` on this machine, its cores shared out among the processes."""
+    show("torchrun", "--standalone", f"--nproc-per-node={processes}", "-m", "aria_train", *arguments)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    execute([*launcher, "-m", "aria_train", *arguments], OMP_NUM_THREADS=str(threads))
+
+
+def show(*command: str) -> None:
+    """Prints a command as it would be typed."""
+    print(f"\n$ {shlex.join(command)}", flush=True)
+
+
+def execute(command: Sequence[str], **environment: str) -> None:
+    """Runs a command in the repository. Raises DemoError if it fails; it has said why."""
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment})
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        # The terminal interrupts the whole group: let the command end in order before the demo does.
+        process.wait()
+        raise
+    if status:
+        raise DemoError(f"The command above ended with status {status}. Run the same make target again to go on.")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script of the demo; failures and interruptions end it without a traceback."""
+    os.chdir(ROOT)
+    try:
+        main()
+    except DemoError as error:
+        sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same make target goes on from here.")
