@@ -7,6 +7,7 @@ process, and a checkpoint may be many times larger than the memory there is.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -150,7 +151,8 @@ class ShardWriter:
         self._dtype = dtype
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self._remaining = {name: math.prod(shape) for name, shape in self._shapes.items()}
-        self._unwritten = set(shapes)
+        self.unfinished = set(shapes)
+        """Tensors of which something is still to be written."""
         self._places: dict[str, tuple[int, int]] = {}  # open file, first byte
         self._files: list[int] = []
         shards = self._assign(max_shard_bytes)
@@ -197,33 +199,39 @@ class ShardWriter:
         for name in names:
             self._places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0])
 
-    def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
-        """Rows [start, start + len(tensor)) of a tensor, or all of it, converted to the writer's dtype."""
+    def write(self, name: str, tensor: Tensor, offsets: Sequence[int] | None = None) -> None:
+        """Writes a whole tensor, or the box of it that begins at `offsets`, converted to the writer's dtype."""
         shape = self._shapes[name]
-        assert tensor.shape[1:] == shape[1:], "whole rows"
-        file, offset = self._places[name]
-        offset += start * math.prod(shape[1:]) * self._dtype.itemsize
-        flat = tensor.detach().reshape(-1)
-        for part in flat.split(_CONVERT_AT_ONCE) if flat.numel() else ():
-            data = _bytes_of(part.to(device="cpu", dtype=self._dtype).contiguous())
-            _write_all(file, data, offset)
-            offset += len(data)
+        offsets = (0,) * len(shape) if offsets is None else offsets
+        assert all(o + n <= side for o, n, side in zip(offsets, tensor.shape, shape, strict=True))
+        strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        # What follows the last cut dimension is contiguous in the file.
+        cut = max((dim for dim, side in enumerate(shape) if tensor.shape[dim] != side), default=0)
+        for index in itertools.product(*(range(count) for count in tensor.shape[:cut])):
+            corner = [o + i for o, i in itertools.zip_longest(offsets, index, fillvalue=0)]
+            self._write_run(name, tensor[index], sum(c * stride for c, stride in zip(corner, strides, strict=True)))
         self._remaining[name] -= tensor.numel()
         assert self._remaining[name] >= 0, f"{name} is written twice"
         if not self._remaining[name]:
-            self._unwritten.discard(name)
+            self.unfinished.discard(name)
 
-    def unfinished(self) -> list[str]:
-        """Tensors of which something is still to be written."""
-        return sorted(self._unwritten)
+    def _write_run(self, name: str, run: Tensor, first_value: int) -> None:
+        file, offset = self._places[name]
+        offset += first_value * self._dtype.itemsize
+        flat = run.detach().reshape(-1)
+        for part in flat.split(_CONVERT_AT_ONCE) if flat.numel() else ():
+            data = _bytes_of(part.to(device="cpu", dtype=self._dtype))
+            _write_all(file, data, offset)
+            offset += len(data)
 
-    def close(self, durable: bool) -> None:
-        """Closes the files; `durable` first waits until the disk has them."""
+    def sync(self) -> None:
+        """Waits until the disk has everything."""
         for file in self._files:
-            if durable:
-                os.fsync(file)
-            os.close(file)
-        self._files = []
+            os.fsync(file)
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
 
 
 def summary(names: Sequence[str], limit: int = 8) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import os
@@ -44,8 +43,6 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 def row_pieces(shape: Shape) -> list[tuple[int, int]]:
     """Ranges of rows that together make a tensor, each of at most PIECE_VALUES values (or one row)."""
-    if not shape:
-        return [(0, 1)]
     rows = max(1, PIECE_VALUES // max(1, math.prod(shape[1:])))
     return [(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)] or [(0, 0)]
 
@@ -110,7 +107,9 @@ def _match(folder: Path, shapes: Mapping[str, Shape], unused: Mapping[str, Shape
         if stored.shape != shapes[expected[name]]:
             misshapen.append(f"{stored_name} is {list(stored.shape)}, not {list(shapes[expected[name]])}")
     # The first releases leave out the vision encoder's final norm, which nothing reads; later ones hold zeros for it.
-    missing = [published_name(name) for name in shapes if name not in matched and not name.startswith("vision.post_norm")]
+    missing = [
+        published_name(name) for name in shapes if name not in matched and not name.startswith("vision.post_norm")
+    ]
     problems = [
         f"{len(names)} {what}: {summary(sorted(names))}"
         for what, names in (("missing", missing), ("too many", extra), ("of another shape", misshapen))
@@ -132,15 +131,77 @@ class TensorSink:
         self._published = published
         self.shapes = shapes
 
+    def check(self, name: str, shape: Shape) -> None:
+        """Raises CheckpointError unless the model has a tensor of this name and shape."""
+        if name not in self.shapes:
+            raise CheckpointError(f"Tensor {name} {list(shape)} is not one of this model's; nothing was written.")
+        if shape != self.shapes[name]:
+            raise CheckpointError(
+                f"Tensor {name} is {list(shape)}; this model's is {list(self.shapes[name])}. Nothing was written."
+            )
+
     def write(self, name: str, tensor: Tensor, offsets: Sequence[int] | None = None) -> None:
         """Writes a tensor, or the box of it that begins at `offsets`. Raises CheckpointError if it does not belong."""
-        if name not in self.shapes:
-            raise CheckpointError(f"Tensor {name} {list(tensor.shape)} is not one of this model's; nothing was written.")
-        shape = self.shapes[name]
-        if offsets is None and tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"Tensor {name} is {list(tensor.shape)}; this model's is {list(shape)}. Nothing was written."
-            )
-        if name not in self._writer.unfinished:
+        if offsets is None:
+            self.check(name, tuple(tensor.shape))
+        if self._published[name] not in self._writer.unfinished:
             raise CheckpointError(f"Tensor {name} was given twice; nothing was written.")
         self._writer.write(self._published[name], tensor, offsets)
+
+
+@contextlib.contextmanager
+def open_sink(
+    hf_dir: str | Path, config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int = 5 * 10**9
+) -> Iterator[TensorSink]:
+    """A new Hugging Face folder that appears, complete and durable, when the block ends with every tensor written.
+
+    hf_dir must not exist, or be empty. Should anything fail, nothing is left of it. Raises CheckpointError, also
+    where the disk is full.
+    """
+    shapes = tensor_shapes(config)
+    unused = _unused_shapes(config)
+    name_there = text_only if config.vision is None else str
+    published = {name: name_there(published_name(name)) for name in shapes}
+    with _new_folder(Path(hf_dir)) as folder:
+        layout = {published[name]: shape for name, shape in shapes.items()}
+        writer = ShardWriter(
+            folder, layout | {name_there(name): s for name, s in unused.items()}, dtype, max_shard_bytes
+        )
+        with contextlib.closing(writer):
+            for name, shape in unused.items():
+                writer.write(name_there(name), torch.empty(shape))
+            yield TensorSink(writer, shapes, published)
+            if writer.unfinished:
+                missing = sorted(name for name in shapes if published[name] in writer.unfinished)
+                raise CheckpointError(f"{hf_dir}: not written, {len(missing)} tensor(s) missing: {summary(missing)}.")
+            writer.sync()
+            _write_json(folder / "config.json", hf_config(config, dtype))
+            if config.vision is not None:
+                _write_json(folder / "preprocessor_config.json", hf_preprocessor_config(config.vision))
+
+
+@contextlib.contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that takes its name when the block ends, and vanishes when it fails."""
+    target = target.resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{target}: already exists. Give a new folder, or an empty one.")
+    writing = target.with_name(f"{target.name}.writing-{os.getpid()}")
+    try:
+        writing.mkdir(parents=True)
+        yield writing
+        writing.rename(target)
+    except OSError as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise CheckpointError(f"{target}: cannot be written: {error}.") from None
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
