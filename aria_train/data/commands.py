@@ -91,11 +91,20 @@ def _register_inspect(commands: Any) -> None:
 
 def _tokenizer(args: argparse.Namespace) -> None:
     from aria_train.data import tokenizer
+    from aria_train.data.prepare_inputs import find_inputs
+    from aria_train.errors import DataError
 
+    if bool(args.inputs) == (args.source is not None):
+        raise DataError("data tokenizer: give either INPUT files to train on, or --from FOLDER to copy; not both.")
     if args.source is not None:
-        tokenizer.copy_tokenizer(args.source, args.output, overwrite=args.overwrite)
+        made = tokenizer.copy_tokenizer(args.source, args.output, args.overwrite)
     else:
-        tokenizer.train_tokenizer_from_files(args)
+        paths = find_inputs(args.inputs, args.glob)
+        made = tokenizer.train_on_files(
+            paths, args.text_key, args.vocab_size, args.output, int(args.max_bytes), args.overwrite
+        )
+    size, end = tokenizer.vocabulary_size(made), tokenizer.end_of_document_id(args.output, made)
+    print(f"{args.output}: {size:,} tokens; documents end with id {end}. Set model.vocab_size to {size} or more.")
 
 
 def _prepare(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ import difflib
 import os
 import shutil
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -203,8 +203,7 @@ class IndexedWriter:
         self._bounds = np.iinfo(self.dtype) if self.dtype.kind in "iu" else np.finfo(self.dtype)
         self._lengths, self._document_indices = array("i"), array("q", [0])
         self._modes = array("b") if with_modes else None
-        self._temporary = f"{self.prefix}.{os.getpid()}.partial"
-        self._bin = open(self._temporary + ".bin", "wb")  # noqa: SIM115 (closed in finish or discard)
+        self._bin = open(self._partial(".bin"), "wb")  # noqa: SIM115 (closed in finish or discard)
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -215,6 +214,10 @@ class IndexedWriter:
     @property
     def num_documents(self) -> int:
         return len(self._document_indices) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self._bin.tell() // self.dtype.itemsize
 
     def add_document(
         self, tokens: Sequence[int] | NDArray, lengths: Sequence[int] | None = None, modes: Sequence[int] | None = None
@@ -251,7 +254,7 @@ class IndexedWriter:
         pointers = np.zeros(len(lengths), np.int64)
         np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=pointers[1:])
         code = next(code for code, dtype in DTYPES.items() if dtype == self.dtype)
-        index = open(self._temporary + ".idx", "wb")  # noqa: SIM115
+        index = open(self._partial(".idx"), "wb")  # noqa: SIM115
         index.write(MAGIC + VERSION.to_bytes(8, "little") + code.to_bytes(1, "little"))
         index.write(len(lengths).to_bytes(8, "little") + len(self._document_indices).to_bytes(8, "little"))
         index.write(lengths.astype("<i4").tobytes())
@@ -260,20 +263,26 @@ class IndexedWriter:
         if self._modes is not None:
             index.write(self._modes.tobytes())
         _close_durably(index)
-        publish(self._temporary, self.prefix)
+        publish_files({self._partial(suffix): self.prefix + suffix for suffix in (".bin", ".idx")})
+
+    def _partial(self, suffix: str) -> str:
+        return f"{self.prefix}{suffix}.{os.getpid()}.partial"
 
     def discard(self) -> None:
         """Removes what was written, if it was not published."""
         self._bin.close()
         for suffix in (".bin", ".idx"):
-            Path(self._temporary + suffix).unlink(missing_ok=True)
+            Path(self._partial(suffix)).unlink(missing_ok=True)
 
 
-def publish(temporary: str, prefix: str) -> None:
-    """Renames a finished pair into place. At every moment the corpus is the old one, absent, or the new one."""
-    Path(prefix + ".idx").unlink(missing_ok=True)
-    os.replace(temporary + ".bin", prefix + ".bin")
-    os.replace(temporary + ".idx", prefix + ".idx")
+def publish_files(renames: Mapping[str, str]) -> None:
+    """Renames the finished files of a corpus into place, `.idx` last and the old `.idx` gone before: at every moment
+    the corpus is the old one, absent, or the new one."""
+    indices = [target for target in renames.values() if target.endswith(".idx")]
+    for target in indices:
+        Path(target).unlink(missing_ok=True)
+    for temporary, target in sorted(renames.items(), key=lambda pair: pair[1] in indices):
+        os.replace(temporary, target)
 
 
 def _close_durably(file: BinaryIO) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import gzip
+import importlib
 import io
 import json
 import os
@@ -129,13 +130,8 @@ def split_into_units(paths: Sequence[str], unit_bytes: int) -> list[Unit]:
 
 
 def _kind(path: str) -> Literal["text", "jsonl", "parquet"]:
-    if path.endswith(".jsonl.zst"):
-        try:
-            import zstandard  # noqa: F401
-        except ImportError:
-            raise DataError(
-                f"{path}: reading .zst files needs the zstandard package: `pip install zstandard`, or decompress first."
-            ) from None
+    if path.endswith(".zst"):
+        _zstandard(path)
     if path.endswith(_JSON_SUFFIXES):
         return "jsonl"
     return "parquet" if path.endswith(".parquet") else "text"
@@ -195,6 +191,9 @@ def _read_text(path: str) -> str | Skipped:
 
 def _read_json_lines(unit: Unit, text_key: str) -> Iterator[str | Skipped | LinesRead]:
     path, line = unit.paths[0], 0
+    damaged: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
+    if path.endswith(".zst"):
+        damaged = (*damaged, _zstandard(path).ZstdError)
     try:
         with _open_lines(unit) as file:
             while not unit.stop or file.tell() < unit.stop:
@@ -204,7 +203,7 @@ def _read_json_lines(unit: Unit, text_key: str) -> Iterator[str | Skipped | Line
                 line += 1
                 if raw.strip():
                     yield _read_json_line(raw, path, line, text_key)
-    except (OSError, EOFError, zlib.error, _zstd_error()) as error:
+    except damaged as error:
         yield Skipped("unreadable file", path, line + 1, f"read up to here: {error}")
     yield LinesRead(line)
 
@@ -212,26 +211,26 @@ def _read_json_lines(unit: Unit, text_key: str) -> Iterator[str | Skipped | Line
 def _open_lines(unit: Unit) -> BinaryIO:
     """The file at the first line that begins in the unit's range."""
     path = unit.paths[0]
+    file: Any = open(path, "rb", buffering=1 << 20)  # noqa: SIM115
     if path.endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.endswith(".zst"):
-        import zstandard
-
-        stream = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), read_across_frames=True)  # noqa: SIM115
-        return io.BufferedReader(stream)  # type: ignore[return-value]
-    file = open(path, "rb", buffering=1 << 20)  # noqa: SIM115
-    if unit.start:
+        file = io.BufferedReader(gzip.open(file, "rb"))
+    elif path.endswith(".zst"):
+        file = io.BufferedReader(_zstandard(path).ZstdDecompressor().stream_reader(file, read_across_frames=True))
+    elif unit.start:
         file.seek(unit.start - 1)
         file.readline()
-    return file
+    reader: BinaryIO = file
+    return reader
 
 
-def _zstd_error() -> type[Exception]:
+def _zstandard(path: str) -> Any:
+    """The optional package that reads .zst."""
     try:
-        import zstandard
+        return importlib.import_module("zstandard")
     except ImportError:
-        return EOFError
-    return zstandard.ZstdError
+        raise DataError(
+            f"{path}: reading .zst files needs the zstandard package: `pip install zstandard`, or decompress first."
+        ) from None
 
 
 def _read_json_line(raw: bytes, path: str, line: int, text_key: str) -> str | Skipped:
@@ -265,12 +264,17 @@ def _read_parquet(unit: Unit, text_key: str) -> Iterator[str | Skipped]:
             groups = list(range(unit.start, unit.stop))
             for batch in file.iter_batches(1024, row_groups=groups, columns=[text_key], use_threads=False):
                 for value in batch.column(0):
-                    yield _checked(value.as_py(), path, row)
+                    yield _read_value(value, path, row)
                     row += 1
     except (OSError, pyarrow.ArrowException) as error:
         yield Skipped("unreadable file", path, detail=str(error).splitlines()[0])
+
+
+def _read_value(value: Any, path: str, row: int) -> str | Skipped:
+    try:
+        return _checked(value.as_py(), path, row)
     except UnicodeDecodeError as error:
-        yield Skipped("not UTF-8", path, row, str(error))
+        return Skipped("not UTF-8", path, row, f"byte {error.start} of the text")
 
 
 def _checked(value: Any, path: str, line: int | None) -> str | Skipped:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from aria_train.data.permutation import permute
+from aria_train.data.prepare_inputs import Skipped, read_documents, split_into_units
+from aria_train.data.prepare_report import Progress
 from aria_train.data.publish import replacing
 from aria_train.errors import DataError
 
@@ -28,6 +33,8 @@ PUBLISHED_TOKENS = {
 }
 SMALLEST_VOCABULARY = NUM_RESERVED + 256
 """Reserved tokens and one token per byte, with which any text can be written."""
+_PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""What a token may span at most."""
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,7 +55,7 @@ def special_tokens() -> list[str]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, overwrite: bool = False) -> Tokenizer:
     """Trains a byte-level BPE on `texts`, on all cores, and writes it to `folder`.
 
-    Digits stand alone, spaces join the word after them, and every string can be encoded and comes back unchanged.
+    Digits stand alone, a space joins the word after it, line ends stay together, and every string can be encoded and comes back unchanged.
     Little or repetitive text may yield fewer than `vocab_size` tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
@@ -58,7 +65,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, o
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -88,6 +98,35 @@ def _config() -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 65536,
     }
+
+
+def train_on_files(
+    paths: Sequence[str], text_key: str, vocab_size: int, folder: str | Path, max_bytes: int, overwrite: bool = False
+) -> Tokenizer:
+    """`train_tokenizer` on the documents of files: all of them or, above `max_bytes`, parts picked all over them."""
+    units = split_into_units(paths, 4 << 20)
+    scattered = sorted(range(len(units)), key=lambda number: permute(number, len(units), "tokenizer"))
+    num_bytes = np.cumsum([units[number].num_bytes for number in scattered])
+    chosen = [units[number] for number in scattered[: int(np.searchsorted(num_bytes, max_bytes)) + 1]]
+    skips: collections.Counter[str] = collections.Counter()
+    documents = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal documents
+        for unit in chosen:
+            for item in read_documents(unit, text_key):
+                if isinstance(item, str):
+                    documents += 1
+                    yield item
+                elif isinstance(item, Skipped):
+                    skips[f"{item.reason} ({item.path})"] += 1
+            progress.advance(unit.num_bytes, documents)
+        if not documents:
+            reasons = "; ".join(f"{count:,} x {reason}" for reason, count in skips.most_common(3))
+            raise DataError(f"no document found in {len(paths):,} file(s), {paths[0]} first. Skipped: {reasons}.")
+
+    with Progress(sum(unit.num_bytes for unit in chosen), "reading") as progress:
+        return train_tokenizer(texts(), vocab_size, folder, overwrite)
 
 
 def copy_tokenizer(source: str | Path, folder: str | Path, overwrite: bool = False) -> Tokenizer:
@@ -125,7 +164,9 @@ def end_of_document_id(folder: str | Path, tokenizer: Tokenizer) -> int:
     if name is not None:
         number = tokenizer.token_to_id(name)
         if number is None:
-            raise DataError(f"{folder}: eos_token {name!r} of tokenizer_config.json is not in the vocabulary. Mend either.")
+            raise DataError(
+                f"{folder}: eos_token {name!r} of tokenizer_config.json is not in the vocabulary. Mend either."
+            )
         return int(number)
     for name in _END_NAMES:
         number = tokenizer.token_to_id(name)
@@ -157,10 +198,16 @@ def _tokenizer_file(folder: str | Path) -> Path:
             f"{folder}: no such tokenizer folder. Give a Hugging Face tokenizer folder (with tokenizer.json), or train "
             "one: `aria-train data tokenizer FOLDER INPUT...`."
         )
-    others = [name for name in ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
+    others = [
+        name for name in ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt") if (folder / name).exists()
+    ]
     raise DataError(
         f"{folder}: this folder has no tokenizer.json"
-        + (f", only the slow format {others[0]}. Convert it once: " if others else ". To make one from another format: ")
+        + (
+            f", only the slow format {others[0]}. Convert it once: "
+            if others
+            else ". To make one from another format: "
+        )
         + "`AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)` in transformers."
     )
 

@@ -1,0 +1,89 @@
+"""`aria-train data inspect`: what a text corpus holds and how it packs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from aria_train.data import tokenizer as tokenizers_
+from aria_train.data.indexed import IndexedCorpus
+from aria_train.data.packing import plan_documents
+from aria_train.data.text import find_prefixes
+from aria_train.errors import DataError
+
+_BAR = 40
+_SAMPLE_TOKENS = 120
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Describes every corpus at `args.path`."""
+    if args.context_length < 1:
+        raise DataError(f"--context-length {args.context_length}: must be 1 or more.")
+    console = Console()
+    for prefix in find_prefixes([args.path]):
+        corpus = IndexedCorpus(prefix)
+        corpus.verify()
+        _describe(console, corpus, args.context_length)
+        _show_document(console, corpus, args.document, args.tokenizer)
+
+
+def _describe(console: Console, corpus: IndexedCorpus, context_length: int) -> None:
+    lengths = corpus.document_lengths()
+    stats = plan_documents(lengths, context_length, seed=0).stats
+    facts = Table(show_header=False, title=corpus.prefix, title_justify="left")
+    facts.add_row("documents", f"{corpus.num_documents:,}")
+    facts.add_row("of them without a target", f"{stats.without_targets:,} (fewer than two tokens)")
+    facts.add_row("sequences", f"{corpus.num_sequences:,}")
+    facts.add_row("tokens", f"{corpus.num_tokens:,} as {corpus.dtype.name}")
+    facts.add_row(f"windows of {context_length:,}", f"{stats.windows:,}, {stats.efficiency:.2%} full")
+    facts.add_row("longer than a window", f"{stats.cut:,} documents, cut into pieces")
+    for key, value in _metadata(corpus).items():
+        if key != "skipped":
+            facts.add_row(f"{key} (as prepared)", escape(str(value)))
+    console.print(facts)
+    if len(lengths):
+        console.print(_histogram(lengths))
+
+
+def _metadata(corpus: IndexedCorpus) -> dict[str, object]:
+    try:
+        metadata = json.loads(Path(corpus.prefix + ".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _histogram(lengths: NDArray[np.int64]) -> Table:
+    """Documents by length, in powers of two."""
+    table = Table("tokens per document", "documents", "share of tokens", "", title="lengths", title_justify="left")
+    powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    documents = np.bincount(powers)
+    tokens = np.bincount(powers, weights=lengths)
+    for power in np.flatnonzero(documents).tolist():
+        bar = "█" * round(_BAR * documents[power] / documents.max())
+        share = tokens[power] / max(tokens.sum(), 1)
+        table.add_row(f"up to {2**power:,}", f"{documents[power]:,}", f"{share:.1%}", bar)
+    table.add_row("mean", f"{lengths.mean():,.1f}", "", f"median {np.median(lengths):,.0f}, longest {lengths.max():,}")
+    return table
+
+
+def _show_document(console: Console, corpus: IndexedCorpus, document: int, folder: str | None) -> None:
+    if not corpus.num_documents:
+        return
+    if not 0 <= document < corpus.num_documents:
+        raise DataError(f"--document {document}: {corpus.prefix} has documents 0 to {corpus.num_documents - 1}.")
+    tokens = corpus.read(document, 0, _SAMPLE_TOKENS).tolist()
+    folder = folder or str(_metadata(corpus).get("tokenizer", ""))
+    console.print(f"[bold]document {document}[/bold], its first {len(tokens)} tokens:")
+    if not folder or not Path(folder).is_dir():
+        console.print(" ".join(map(str, tokens)))
+        console.print("(ids; --tokenizer FOLDER decodes them)", style="dim")
+        return
+    console.print(tokenizers_.load_tokenizer(folder).decode(tokens, skip_special_tokens=False), markup=False)

@@ -1,0 +1,303 @@
+"""From documents to a text corpus: `PREFIX.bin`, `PREFIX.idx`, and `PREFIX.json` that says what it is.
+
+Processes tokenize units of the input into small corpora in a hidden folder; the parent appends these in the order of
+the input, so the result does not depend on the number of processes, and publishes the whole by renaming.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aria_train.data import tokenizer as tokenizers_
+from aria_train.data.indexed import IndexedCorpus, IndexedWriter, publish_files, strip_suffix, token_dtype
+from aria_train.data.prepare_inputs import LinesRead, Skipped, Unit, find_inputs, read_documents, split_into_units
+from aria_train.data.publish import workplace_beside
+from aria_train.errors import DataError
+
+EXAMPLES_PER_REASON = 5
+_LARGEST_UNIT, _SMALLEST_UNIT, _UNITS_PER_PROCESS = 64 << 20, 1 << 20, 8
+_BATCH_CHARACTERS = 1 << 21
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process needs to know to tokenize a unit."""
+
+    tokenizer: str
+    text_key: str
+    holdout_fraction: float
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Suffixes of the corpora that are made."""
+        return ("", "_validation") if self.holdout_fraction else ("",)
+
+
+@dataclass
+class SkipReport:
+    """Documents not used, by reason, with the first few places of each."""
+
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, skipped: Skipped, lines_before: int = 0) -> None:
+        """`lines_before`: lines of the same file in earlier units."""
+        self.counts[skipped.reason] += 1
+        examples = self.examples.setdefault(skipped.reason, [])
+        if len(examples) < EXAMPLES_PER_REASON:
+            line = "" if skipped.line is None else f":{skipped.line + lines_before}"
+            examples.append(f"{skipped.path}{line}" + (f" ({skipped.detail})" if skipped.detail else ""))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            reason: {"documents": count, "examples": self.examples[reason]}
+            for reason, count in self.counts.most_common()
+        }
+
+
+@dataclass
+class UnitReport:
+    """What became of one unit."""
+
+    characters: int = 0
+    lines: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+    """At most EXAMPLES_PER_REASON of each reason; `counts` has them all."""
+    counts: collections.Counter[str] = field(default_factory=collections.Counter)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """`aria-train data prepare --format text`; see `commands` for the arguments."""
+    if not 0 <= args.holdout_fraction < 1:
+        raise DataError(f"--holdout-fraction {args.holdout_fraction}: must be at least 0 and below 1, such as 0.01.")
+    if args.processes is not None and args.processes < 1:
+        raise DataError(f"--processes {args.processes}: must be 1 or more.")
+    prefix = strip_suffix(args.output)
+    job = Job(args.tokenizer, args.text_key, args.holdout_fraction)
+    for suffix in job.parts:
+        if Path(f"{prefix}{suffix}.idx").exists() and not args.overwrite:
+            raise DataError(f"{prefix}{suffix}.idx: exists already. Choose another prefix, or give --overwrite.")
+    paths = find_inputs(args.inputs, args.glob)
+    prepare_text(prefix, paths, job, args.processes or len(os.sched_getaffinity(0)))
+
+
+def prepare_text(prefix: str, paths: Sequence[str], job: Job, processes: int) -> dict[str, dict[str, Any]]:
+    """Makes the corpora `prefix` and, with a hold-out, `prefix + "_validation"`; returns their metadata by suffix."""
+    from aria_train.data.prepare_report import Progress, print_report
+
+    tokenizer = tokenizers_.load_tokenizer(job.tokenizer)
+    tokenizers_.end_of_document_id(job.tokenizer, tokenizer)
+    dtype = token_dtype(tokenizers_.vocabulary_size(tokenizer))
+    total = sum(os.path.getsize(path) for path in paths)
+    unit_bytes = min(max(total // (processes * _UNITS_PER_PROCESS), _SMALLEST_UNIT), _LARGEST_UNIT)
+    units = split_into_units(paths, unit_bytes)
+    skips, characters = SkipReport(), 0
+    with workplace_beside(Path(prefix)) as workplace, Progress(sum(unit.num_bytes for unit in units)) as progress:
+        writers = {suffix: IndexedWriter(workplace / f"whole{suffix}", dtype) for suffix in job.parts}
+        lines_before: collections.Counter[str] = collections.Counter()
+        for number, (unit, report) in enumerate(_tokenize_all(units, job, workplace, processes)):
+            for suffix, writer in writers.items():
+                _move_part(workplace / f"{number}{suffix}", writer)
+            _add_report(skips, unit, report, lines_before)
+            characters += report.characters
+            progress.advance(unit.num_bytes, sum(writer.num_documents for writer in writers.values()))
+        _refuse_empty(writers, paths, skips, job)
+        metadata = {
+            suffix: _metadata(writer, suffix, job, tokenizer, paths, skips) for suffix, writer in writers.items()
+        }
+        _publish(workplace, prefix, writers, metadata)
+    print_report(prefix, metadata, skips, characters)
+    return metadata
+
+
+def _metadata(
+    writer: IndexedWriter, suffix: str, job: Job, tokenizer: Any, paths: Sequence[str], skips: SkipReport
+) -> dict[str, Any]:
+    return {
+        "kind": "text",
+        "tokenizer": str(job.tokenizer),
+        "tokenizer_sha256": tokenizers_.tokenizer_hash(job.tokenizer),
+        "vocabulary_size": tokenizers_.vocabulary_size(tokenizer),
+        "end_of_document_id": tokenizers_.end_of_document_id(job.tokenizer, tokenizer),
+        "dtype": writer.dtype.name,
+        "documents": writer.num_documents,
+        "tokens": writer.num_tokens,
+        "part": "validation" if suffix else "train",
+        "holdout_fraction": job.holdout_fraction,
+        "files": len(paths),
+        "skipped": skips.as_json(),
+    }
+
+
+def _publish(
+    workplace: Path, prefix: str, writers: dict[str, IndexedWriter], metadata: dict[str, dict[str, Any]]
+) -> None:
+    renames = {}
+    for suffix, writer in writers.items():
+        writer.finish()
+        whole = str(workplace / f"whole{suffix}")
+        Path(whole + ".json").write_text(json.dumps(metadata[suffix], indent=2) + "\n", encoding="utf-8")
+        renames.update({whole + end: prefix + suffix + end for end in (".bin", ".json", ".idx")})
+    publish_files(renames)
+
+
+def _move_part(part: Path, writer: IndexedWriter) -> None:
+    writer.add_corpus(IndexedCorpus(part))
+    for end in (".bin", ".idx"):
+        Path(f"{part}{end}").unlink()
+
+
+def _add_report(skips: SkipReport, unit: Unit, report: UnitReport, lines_before: collections.Counter[str]) -> None:
+    """Adds a unit's skips, with lines counted from the beginning of the file; units come in order."""
+    known = collections.Counter(skipped.reason for skipped in report.skipped)
+    before = lines_before[unit.paths[0]] if unit.kind == "jsonl" else 0
+    for skipped in report.skipped:
+        skips.add(skipped, before)
+    skips.counts.update(report.counts - known)
+    lines_before[unit.paths[0]] += report.lines
+
+
+def _refuse_empty(writers: dict[str, IndexedWriter], paths: Sequence[str], skips: SkipReport, job: Job) -> None:
+    reasons = "; ".join(
+        f"{count:,} x {reason}, such as {skips.examples[reason][0]}" for reason, count in skips.counts.items()
+    )
+    total = sum(writer.num_documents for writer in writers.values())
+    if not total:
+        raise DataError(
+            f"no document found in {len(paths):,} file(s), {paths[0]} first; nothing was written. Skipped: "
+            f"{reasons or 'nothing: the files are empty'}."
+        )
+    for suffix, writer in writers.items():
+        if not writer.num_documents:
+            raise DataError(
+                f"--holdout-fraction {job.holdout_fraction}: of {total:,} documents none fell into the "
+                f"{'validation' if suffix else 'training'} part; nothing was written. Choose a "
+                f"{'larger' if suffix else 'smaller'} fraction."
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def _tokenize_all(
+    units: Sequence[Unit], job: Job, workplace: Path, processes: int
+) -> Iterator[tuple[Unit, UnitReport]]:
+    """Reports of the units, in order, whatever process did them; their parts lie in the workplace by then."""
+    if processes == 1 or len(units) == 1:
+        _start_worker(job, workplace, in_parent=True)
+        for number, unit in enumerate(units):
+            yield unit, _tokenize_unit(number, unit)
+        return
+    pool = ProcessPoolExecutor(
+        min(processes, len(units)), multiprocessing.get_context("spawn"), _start_worker, (job, workplace)
+    )
+    numbered = enumerate(units)
+    pending: collections.deque[tuple[Unit, Future[UnitReport]]] = collections.deque()
+    try:
+        while True:
+            for number, unit in itertools.islice(numbered, 2 * processes - len(pending)):
+                pending.append((unit, pool.submit(_tokenize_unit, number, unit)))
+            if not pending:
+                break
+            unit, future = pending.popleft()
+            yield unit, future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process ended unexpectedly, usually because memory ran out; nothing was written. Use fewer "
+            "--processes, or split very long documents."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Worker:
+    """What a process keeps between units."""
+
+    job: Job
+    workplace: Path
+    tokenizer: Any
+    end_of_document: int
+    dtype: np.dtype
+
+
+_worker = _Worker()
+
+
+def _start_worker(job: Job, workplace: Path, in_parent: bool = False) -> None:
+    if not in_parent:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One core per process is what we have.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides when to stop.
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker.job, _worker.workplace = job, workplace
+    _worker.tokenizer = tokenizers_.load_tokenizer(job.tokenizer)
+    # Text that spells a special token, such as <|endoftext|>, is text: data must not be able to forge boundaries.
+    _worker.tokenizer.encode_special_tokens = True
+    _worker.end_of_document = tokenizers_.end_of_document_id(job.tokenizer, _worker.tokenizer)
+    _worker.dtype = token_dtype(tokenizers_.vocabulary_size(_worker.tokenizer))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _tokenize_unit(number: int, unit: Unit) -> UnitReport:
+    """Writes the corpora `workplace/NUMBER{part}` from a unit."""
+    job, report = _worker.job, UnitReport()
+    writers = {suffix: IndexedWriter(_worker.workplace / f"{number}{suffix}", _worker.dtype) for suffix in job.parts}
+    for batch in _batches(read_documents(unit, job.text_key), report):
+        encodings = _worker.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        for text, encoding in zip(batch, encodings, strict=True):
+            suffix = "_validation" if is_held_out(text, job.holdout_fraction) else ""
+            writers[suffix].add_document(np.array([*encoding.ids, _worker.end_of_document], np.int64))
+    for writer in writers.values():
+        writer.finish()
+    return report
+
+
+def _batches(items: Iterator[str | Skipped | LinesRead], report: UnitReport) -> Iterator[list[str]]:
+    """The documents among `items`, several at a time; the rest goes into the report."""
+    batch: list[str] = []
+    characters = 0
+    for item in items:
+        if isinstance(item, str):
+            batch.append(item)
+            characters += len(item)
+            if characters >= _BATCH_CHARACTERS:
+                yield batch
+                report.characters += characters
+                batch, characters = [], 0
+        elif isinstance(item, LinesRead):
+            report.lines = item.count
+        else:
+            report.counts[item.reason] += 1
+            if report.counts[item.reason] <= EXAMPLES_PER_REASON:
+                report.skipped.append(item)
+    if batch:
+        yield batch
+        report.characters += characters
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document belongs to the validation part: decided by its own hash, so copies of it go the same way."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
