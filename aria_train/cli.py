@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from aria_train.errors import UserError
 
@@ -46,7 +47,26 @@ def _build_parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
     train.set_defaults(run=_train)
     data_commands.register(subparsers)
+    _register_generate(subparsers)
     return parser
+
+
+def _register_generate(subparsers: Any) -> None:
+    generate = subparsers.add_parser("generate", help="continue a prompt with a trained model")
+    generate.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or run directory")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--tokenizer", help="tokenizer folder (default: the one the checkpoint's run named)")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_generate)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from aria_train.eval.commands import run_generate
+
+    run_generate(args)
 
 
 def _train(args: argparse.Namespace) -> None:

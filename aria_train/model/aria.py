@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from aria_train.batch import IGNORE_LABEL, ImageBatch, MicroBatch
 from aria_train.config import ModelConfig
-from aria_train.model.decoder import DecoderLayer, Documents, RMSNorm
+from aria_train.errors import DataError
+from aria_train.model.decoder import Cache, DecoderLayer, Documents, RMSNorm
 from aria_train.model.init import initialise
 from aria_train.model.loss import linear_cross_entropy
+from aria_train.model.projector import Projector
 from aria_train.model.recompute import Recompute, run_layer
+from aria_train.model.vision import VisionEncoder, images_to_batch
 from aria_train.moe.router import RouterStats
 
 
@@ -50,12 +53,9 @@ class AriaModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.vision: nn.Module | None = None
-        self.projector: nn.Module | None = None
+        self.vision: VisionEncoder | None = None
+        self.projector: Projector | None = None
         if config.vision is not None:
-            from aria_train.model.projector import Projector
-            from aria_train.model.vision import VisionEncoder
-
             self.vision = VisionEncoder(config.vision)
             self.projector = Projector(config.vision, config.hidden_size)
         if not self.embed.weight.is_meta:
@@ -70,20 +70,35 @@ class AriaModel(nn.Module):
         loss_sum, token_losses_N = linear_cross_entropy(targets_NH, self.head.weight, labels_N)
         return AriaOutput(loss_sum, token_losses_N, router)
 
-    def hidden_states(self, batch: MicroBatch) -> tuple[Tensor, RouterStats]:
-        """Final normalised hidden states [T, H], and routing statistics of all layers."""
+    def hidden_states(self, batch: MicroBatch, cache: Cache | None = None) -> tuple[Tensor, RouterStats]:
+        """Final normalised hidden states [T, H], and routing statistics of all layers.
+
+        With a cache the batch is one document that goes on where the cache ends.
+        """
         x_TH = self.embed(batch.token_ids)
         if self.vision is not None and self.projector is not None:
             # Also without images: every rank must run, and reduce, the same modules in the same order.
             images = batch.images or ImageBatch.empty(self.vision.config.patch_size, x_TH.device)
             visual_tokens = self.projector(self.vision(images), images)
-            x_TH = place_visual_tokens(x_TH, batch.token_ids == self.config.image_token_id, visual_tokens)
-        documents = Documents.build(batch.starts, batch.position_ids(), batch.max_document, self.config)
+            x_TH = self._place(visual_tokens, x_TH, batch.token_ids)
+        documents = Documents.build(batch, self.config, cache)
         stats: list[RouterStats] = []
-        for layer in self.layers:
-            x_TH, layer_stats = run_layer(layer, x_TH, documents, self.recompute)
+        for index, layer in enumerate(self.layers):
+            x_TH, layer_stats = run_layer(layer, x_TH, documents.of_layer(index), self.recompute)
             stats.append(layer_stats)
         return self.norm(x_TH), stack_stats(stats)
+
+    def _place(self, visual_tokens: Tensor, x_TH: Tensor, token_ids: Tensor) -> Tensor:
+        """Puts visual tokens, in order, where the token ids say image."""
+        if visual_tokens.shape[0] == 0:
+            return x_TH + visual_tokens.sum()  # nothing to place, yet the encoder stays in the graph
+        places = (token_ids == self.config.image_token_id).nonzero().squeeze(1)
+        if places.shape[0] != visual_tokens.shape[0]:
+            raise DataError(
+                f"{places.shape[0]} image token(s) (id {self.config.image_token_id}) stand in the text, but the images "
+                f"become {visual_tokens.shape[0]} visual tokens. Each image needs as many as its size class says."
+            )
+        return x_TH.index_copy(0, places, visual_tokens.to(x_TH.dtype))
 
     def logits(self, token_ids: Tensor, images: list[Tensor] | None = None) -> Tensor:
         """Logits of every position, for evaluation: token ids int64 [B, S] -> float32 [B, S, V].
@@ -97,16 +112,9 @@ class AriaModel(nn.Module):
         batch = MicroBatch(flat, torch.full_like(flat, IGNORE_LABEL), starts, length, torch.zeros_like(flat[:num_rows]))
         if images:
             assert self.config.vision is not None, "this model has no vision encoder"
-            from aria_train.model.vision import images_to_batch
-
             batch.images = images_to_batch(images, self.config.vision).to(token_ids.device)
         hidden_TH, _ = self.hidden_states(batch)
         return F.linear(hidden_TH, self.head.weight).float().view(num_rows, length, -1)
-
-
-def place_visual_tokens(x_TH: Tensor, is_image_T: Tensor, visual_tokens: Tensor) -> Tensor:
-    """Puts visual tokens, in order, where the token ids say image."""
-    return x_TH.masked_scatter(is_image_T.unsqueeze(1), visual_tokens.to(x_TH.dtype))
 
 
 def stack_stats(stats: list[RouterStats]) -> RouterStats:

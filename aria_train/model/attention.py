@@ -26,11 +26,21 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_leng
     return torch.cat([_dense(q[s], k[s], v[s], causal) for s in spans])
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One document that goes on: the new positions, [T, heads, d], look at all of [past + T, kv_heads, d] up to
+    themselves."""
+    new, total = q.shape[0], k.shape[0]
+    if new in (1, total):
+        return _dense(q, k, v, causal=new == total and new > 1)
+    mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
+    return _dense(q, k, v, causal=False, mask=mask)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
     """One document through PyTorch's own kernel, which never holds the T x T scores."""
-    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=grouped)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1)
 
 
@@ -41,5 +51,6 @@ def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_length: i
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     window = (-1, 0) if causal else (-1, -1)
-    out: Tensor = varlen_attn(q, k, v, starts, starts, max_length, max_length, window_size=window)
+    out = varlen_attn(q, k, v, starts, starts, max_length, max_length, window_size=window)
+    assert isinstance(out, Tensor)
     return out

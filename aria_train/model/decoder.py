@@ -5,22 +5,47 @@ Shape legend: T tokens (documents packed end to end), H hidden, N heads, D head 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aria_train.batch import MicroBatch
 from aria_train.config import ModelConfig
-from aria_train.model.attention import document_attention
+from aria_train.model.attention import cached_attention, document_attention
 from aria_train.model.rope import apply_rope, rope_tables
 from aria_train.moe.layer import MoELayer
 from aria_train.moe.router import RouterStats
 
 
 @dataclass
+class Cache:
+    """Keys and values of one document so far, layer by layer, for generation."""
+
+    keys: list[Tensor]
+    """per layer [past, kv heads, D]"""
+    values: list[Tensor]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Cache:
+        shape = (0, config.num_kv_heads, config.head_dim)
+        return cls(*([torch.empty(shape, device=device, dtype=dtype)] * config.num_layers for _ in range(2)))
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[0]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends a layer's new keys and values, [new, kv heads, D] each; returns all of them."""
+        self.keys[layer] = torch.cat([self.keys[layer], k])
+        self.values[layer] = torch.cat([self.values[layer], v])
+        return self.keys[layer], self.values[layer]
+
+
+@dataclass
 class Documents:
-    """Where documents start, and the rotation of every position in them; shared by all layers."""
+    """Where documents start, and the rotation of every position in them; the same for all layers."""
 
     starts: Tensor
     """int32 [documents + 1]"""
@@ -28,10 +53,17 @@ class Documents:
     cos: Tensor
     """float32 [T, D / 2]"""
     sin: Tensor
+    cache: Cache | None = None
+    layer: int = 0
 
     @classmethod
-    def build(cls, starts: Tensor, positions: Tensor, max_length: int, config: ModelConfig) -> Documents:
-        return cls(starts, max_length, *rope_tables(positions, config.head_dim, config.rope_base))
+    def build(cls, batch: MicroBatch, config: ModelConfig, cache: Cache | None = None) -> Documents:
+        positions = batch.position_ids() + (cache.length if cache is not None else 0)
+        cos, sin = rope_tables(positions, config.head_dim, config.rope_base)
+        return cls(batch.starts, batch.max_document, cos, sin, cache)
+
+    def of_layer(self, layer: int) -> Documents:
+        return self if self.cache is None else replace(self, layer=layer)
 
 
 class RMSNorm(nn.Module):
@@ -57,7 +89,10 @@ class Attention(nn.Module):
     def forward(self, x_TH: Tensor, documents: Documents) -> Tensor:
         q, k, v = (project(x_TH).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
         q, k = apply_rope(q, documents.cos, documents.sin), apply_rope(k, documents.cos, documents.sin)
-        mixed_TND = document_attention(q, k, v, documents.starts, documents.max_length, causal=True)
+        if documents.cache is None:
+            mixed_TND = document_attention(q, k, v, documents.starts, documents.max_length, causal=True)
+        else:
+            mixed_TND = cached_attention(q, *documents.cache.extend(documents.layer, k, v))
         out: Tensor = self.o(mixed_TND.flatten(1))
         return out
 

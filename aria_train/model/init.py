@@ -27,9 +27,7 @@ def _local_shard(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """This rank's part of a parameter, and where in the whole it starts."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.ndim
-    shape, offsets = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     shard = parameter.to_local()
     assert tuple(shape) == tuple(shard.shape)
     return shard, tuple(offsets)

@@ -55,6 +55,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.double().sum().float(), losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad.to(grad_x.dtype), (grad_weight * grad).to(ctx.dtype), None, None

@@ -38,9 +38,10 @@ def run_layer(layer: nn.Module, x: Tensor, documents: Any, recompute: Recompute)
     """Calls the layer, recomputing in the backward pass what the policy drops."""
     if recompute == "none" or not torch.is_grad_enabled():
         return layer(x, documents)
-    context = partial(create_selective_checkpoint_contexts, _policy)
-    options = {"context_fn": context} if recompute == "selective" else {}
-    return checkpoint(layer, x, documents, use_reentrant=False, preserve_rng_state=False, **options)
+    run = partial(checkpoint, layer, x, documents, use_reentrant=False, preserve_rng_state=False)
+    if recompute == "selective":
+        return run(context_fn=partial(create_selective_checkpoint_contexts, _policy))
+    return run()
 
 
 def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -123,7 +123,7 @@ class _Permute(torch.autograd.Function):
         return rows.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 
@@ -138,7 +138,7 @@ class _Replicate(torch.autograd.Function):
         return x_TH.index_select(0, order_R // top_k)
 
     @staticmethod
-    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:
         (home_R,) = ctx.saved_tensors
         grad_TKH = grad_RH.index_select(0, home_R).view(-1, ctx.top_k, grad_RH.shape[1])
         return grad_TKH.sum(1), None, None, None

@@ -61,7 +61,7 @@ def save(target: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> Non
     dist.barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(writing, single_file_per_rank=True, sync_files=True))
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(writing, sync_files=True))
     # Ranks read back what they wrote, still in the page cache: together they cover every file once.
     mine = {path.name: _fingerprint(path) for path in writing.iterdir() if _owner(path) == dist.get_rank()}
     gathered: list[Any] = [None] * dist.get_world_size()

@@ -55,12 +55,11 @@ def init_process_group(device: torch.device) -> None:
         torch.cuda.set_device(device)
     else:
         share_cores()
-    alone = "RANK" not in os.environ
-    dist.init_process_group(
-        backend,
-        timeout=timedelta(minutes=30),
-        **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
-    )
+    patience = timedelta(minutes=30)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=patience)
+    else:
+        dist.init_process_group(backend, timeout=patience, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def share_cores() -> None:

@@ -43,7 +43,9 @@ def learning_rate(config: RunConfig, tokens: int) -> float:
     floor = peak * schedule.min_lr_ratio
     if schedule.kind == "constant":
         return peak
-    begin = schedule.warmup_tokens if schedule.kind == "cosine" else max(schedule.warmup_tokens, total - schedule.decay_tokens)
+    begin = schedule.warmup_tokens
+    if schedule.kind == "wsd":
+        begin = max(begin, total - schedule.decay_tokens)
     progress = min(1.0, max(0.0, (done - begin) / max(1, total - begin)))
     if schedule.kind == "cosine":
         return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -69,6 +69,17 @@ def load_weights(model: AriaModel, folder: Path) -> None:
     checkpoint.load(folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
 
 
+def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[AriaModel, RunConfig]:
+    """The whole model of a checkpoint (or of a run directory's newest) on one device, and the configuration it had."""
+    folder = checkpoint.resolve(path)
+    config = RunConfig.model_validate(checkpoint.read_manifest(folder).config)
+    with torch.device("meta"):
+        model = AriaModel(config.model)
+    model.to_empty(device=device)
+    load_weights(model, folder)
+    return model.to(dtype), config
+
+
 # What may differ between the run that saved and the run that goes on: layout, speed, logging, length. All else fixes
 # the weights, the data order or the loss.
 _FREE = {

@@ -197,5 +197,3 @@ def _due(step: int, interval: int) -> bool:
 def train(config: RunConfig) -> None:
     """Trains one stage, or goes on with it, on the ranks torchrun started or on this process alone."""
     Trainer(config).run()
-
-
