@@ -211,10 +211,10 @@ def _read_json_lines(unit: Unit, text_key: str) -> Iterator[str | Skipped | Line
 def _open_lines(unit: Unit) -> BinaryIO:
     """The file at the first line that begins in the unit's range."""
     path = unit.paths[0]
-    file: Any = open(path, "rb", buffering=1 << 20)  # noqa: SIM115
     if path.endswith(".gz"):
-        file = io.BufferedReader(gzip.open(file, "rb"))
-    elif path.endswith(".zst"):
+        return io.BufferedReader(gzip.GzipFile(path))
+    file: Any = open(path, "rb", buffering=1 << 20)  # noqa: SIM115
+    if path.endswith(".zst"):
         file = io.BufferedReader(_zstandard(path).ZstdDecompressor().stream_reader(file, read_across_frames=True))
     elif unit.start:
         file.seek(unit.start - 1)

@@ -55,7 +55,8 @@ def special_tokens() -> list[str]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, overwrite: bool = False) -> Tokenizer:
     """Trains a byte-level BPE on `texts`, on all cores, and writes it to `folder`.
 
-    Digits stand alone, a space joins the word after it, line ends stay together, and every string can be encoded and comes back unchanged.
+    Digits stand alone, a space joins the word after it, line ends stay together; every string can be encoded and comes
+    back unchanged.
     Little or repetitive text may yield fewer than `vocab_size` tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
