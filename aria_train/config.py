@@ -44,6 +44,8 @@ def _parse_float(value: Any) -> Any:
 
 Tokens = Annotated[int, BeforeValidator(_parse_tokens), Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_parse_float), Field(allow_inf_nan=False)]
+Part = Literal["decoder", "vision", "projector"]
+"""A part of the model that a stage may start from elsewhere, freeze, or give a learning rate of its own."""
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
@@ -186,6 +188,8 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[Number, Field(ge=0)] = 0.1
     clip_norm: Annotated[Number, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 does not clip."""
+    lr_scale: dict[Part, Annotated[Number, Field(gt=0)]] = {}
+    """Learning rate of a part of the model relative to `lr`, such as {vision: 0.1}; parts not named take `lr`."""
 
 
 class ScheduleConfig(Section):
@@ -217,12 +221,14 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 computes in bfloat16; master weights, reductions and optimizer state are fp32 in both."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass: none; all but GEMM, attention and all-to-all results; whole layers."""
+    """Activations recomputed in the backward pass: none; all but the dear ones (GEMMs, attention); whole layers."""
     run_dir: str = "runs/default"
     eval_interval_steps: NonNegative = 0
     """Held-out loss every so many steps, and before the first and after the last; 0 = never."""
     eval_windows: Positive = 64
     """Held-out windows per evaluation, the same ones each time."""
+    freeze: list[Part] = []
+    """Parts of the model whose weights stay as they are."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -234,6 +240,10 @@ class CheckpointConfig(Section):
     keep_last: Positive = 3
     init_from: str | None = None
     """Checkpoint (or run directory) whose weights a new run starts from; optimizer and position start afresh."""
+    init_vision_from: str | None = None
+    """Hugging Face folder of a SigLIP vision encoder that a new run's vision encoder starts from."""
+    init_fresh: list[Part] = []
+    """Parts that start from random weights although `init_from` is given: named, so that none does by accident."""
 
 
 class LoggingConfig(Section):
@@ -295,6 +305,12 @@ class RunConfig(Section):
                 f"model.num_experts {experts} is not divisible by parallel.expert_parallel_size {ranks}; "
                 f"allowed: {_divisors(experts)}"
             )
+        if model.vision is None:
+            named = {*train.freeze, *self.optimizer.lr_scale, *self.checkpoint.init_fresh} - {"decoder"}
+            if named or self.checkpoint.init_vision_from:
+                raise ValueError(f"model.vision is null, but the configuration speaks of its parts: {sorted(named)}")
+        if set(train.freeze) >= ({"decoder", "vision", "projector"} if model.vision else {"decoder"}):
+            raise ValueError("train.freeze names every part of the model: nothing is left to train")
         if self.schedule.kind == "wsd" and not self.schedule.decay_tokens:
             raise ValueError("schedule.kind wsd needs schedule.decay_tokens above 0")
         return self

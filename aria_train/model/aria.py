@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aria_train.batch import IGNORE_LABEL, ImageBatch, MicroBatch
-from aria_train.config import ModelConfig
+from aria_train.config import ModelConfig, Part
 from aria_train.errors import DataError
 from aria_train.model.decoder import Cache, DecoderLayer, Documents, RMSNorm
 from aria_train.model.init import initialise
@@ -28,6 +28,13 @@ from aria_train.model.projector import Projector
 from aria_train.model.recompute import Recompute, run_layer
 from aria_train.model.vision import VisionEncoder, images_to_batch
 from aria_train.moe.router import RouterStats
+
+
+def part_of(name: str) -> Part:
+    """Which part of the model a parameter belongs to, by its name."""
+    if name.startswith("vision."):
+        return "vision"
+    return "projector" if name.startswith("projector.") else "decoder"
 
 
 @dataclass
@@ -69,6 +76,12 @@ class AriaModel(nn.Module):
         labels_N = batch.labels.index_select(0, batch.target_positions)
         loss_sum, token_losses_N = linear_cross_entropy(targets_NH, self.head.weight, labels_N)
         return AriaOutput(loss_sum, token_losses_N, router)
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """Which activations the backward pass recomputes, in the decoder and in the vision encoder."""
+        self.recompute = recompute
+        if self.vision is not None:
+            self.vision.recompute = recompute
 
     def hidden_states(self, batch: MicroBatch, cache: Cache | None = None) -> tuple[Tensor, RouterStats]:
         """Final normalised hidden states [T, H], and routing statistics of all layers.

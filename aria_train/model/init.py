@@ -12,9 +12,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 @torch.no_grad()
 def initialise(model: nn.Module, std: float, seed: int) -> None:
-    """Fills every parameter in place: matrices N(0, std), norm gains 1, biases 0. Sharded parameters get their shard."""
+    """Fills every parameter, or this rank's shard of it: matrices N(0, std), norm gains 1, biases 0."""
     for name, parameter in model.named_parameters():
-        shard, offsets = _local_shard(parameter)
+        shard, offsets = local_shard(parameter)
         if name.endswith("bias"):
             shard.zero_()
         elif parameter.ndim == 1:
@@ -23,7 +23,7 @@ def initialise(model: nn.Module, std: float, seed: int) -> None:
             _fill_normal(shard, offsets, parameter.shape, std, (seed << 32) + zlib.crc32(name.encode()))
 
 
-def _local_shard(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def local_shard(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """This rank's part of a parameter, and where in the whole it starts."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.ndim

@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from aria_train.errors import CheckpointError
+from aria_train.model.aria import part_of
 
 MANIFEST = "manifest.json"
 _WRITING = ".writing"
@@ -77,22 +78,25 @@ def save(target: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> Non
     dist.barrier()
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def load(folder: Path, tensors: Mapping[str, Tensor], parts: Collection[str] | None = None) -> None:
     """Fills the tensors, at whatever layout they have now, from a checkpoint. Collective.
 
-    Raises CheckpointError if the checkpoint lacks one of them or holds it in another shape.
+    Raises CheckpointError if the checkpoint lacks one of them or holds it in another shape. Model tensors that it has
+    beyond them are an error too, unless they belong to a part of the model that is not among `parts`.
     """
-    check_names(folder, tensors)
+    check_names(folder, tensors, parts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder))
 
 
-def check_names(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Every wanted tensor is in the checkpoint, in the same shape, and no `model.` tensor is left over."""
+def check_names(folder: Path, tensors: Mapping[str, Tensor], parts: Collection[str] | None = None) -> None:
+    """Every wanted tensor is in the checkpoint, in the same shape, and no model tensor of these parts is left over."""
     stored = stored_shapes(folder)
     missing = sorted(set(tensors) - set(stored))
     extra = sorted(name for name in set(stored) - set(tensors) if name.startswith("model."))
+    if parts is not None:
+        extra = [name for name in extra if part_of(name.removeprefix("model.")) in parts]
     differing = [
         f"{name} is {stored[name]} there and {tuple(tensors[name].shape)} here"
         for name in sorted(set(tensors) & set(stored))

@@ -83,6 +83,13 @@ def set_last_micro_batch(model: nn.Module, is_last: bool) -> None:
     root.set_is_last_backward(is_last)
 
 
+def release_parameters(model: nn.Module) -> None:
+    """Lets go of the whole parameters that a forward pass without a backward pass keeps: until then the model's
+    parameters are not the shards that the optimizer moves and checkpoints hold. Does nothing to shards."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 

@@ -13,6 +13,7 @@ from aria_train.data.loader import validation_batches
 from aria_train.model import AriaModel
 from aria_train.parallel.collectives import all_ranks, sum_over_ranks
 from aria_train.parallel.mesh import Meshes
+from aria_train.parallel.shard import release_parameters
 
 
 @torch.no_grad()
@@ -36,6 +37,7 @@ def evaluate_loss(model: AriaModel, config: RunConfig, meshes: Meshes) -> dict[s
         sources = batch.source_of_target()
         losses.index_add_(0, sources, token_losses)
         targets.index_add_(0, sources, torch.ones_like(token_losses))
+    release_parameters(model)
     sums = sum_over_ranks({"losses": losses, "targets": targets}, meshes.device)
     result = {"loss": float(sums["losses"].sum() / sums["targets"].sum().clamp(min=1))}
     for index, name in enumerate(names):

@@ -10,20 +10,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from aria_train.config import OptimizerConfig, RunConfig
+from aria_train.model.aria import part_of
 from aria_train.parallel.shard import is_expert_parameter
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW with decay on matrices only. Dense and expert parameters lie on different meshes, so they form groups of
-    their own: a fused kernel takes tensors of one mesh."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    their own: a fused kernel takes tensors of one mesh. Each group's `lr_scale` is its part's."""
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((is_expert_parameter(name), parameter.ndim > 1), []).append(parameter)
+            key = (is_expert_parameter(name), parameter.ndim > 1, config.lr_scale.get(part_of(name), 1.0))
+            groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0}
-            for (_, decayed), parameters in groups.items()
+            {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0, "lr_scale": scale}
+            for (_, decayed, scale), parameters in groups.items()
         ],
         lr=config.lr,
         betas=config.betas,

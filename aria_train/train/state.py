@@ -64,11 +64,6 @@ class TrainState:
             state["step"].fill_(float(self.step))
 
 
-def load_weights(model: AriaModel, folder: Path) -> None:
-    """Takes over the weights alone, for a new run. Collective."""
-    checkpoint.load(folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-
-
 def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[AriaModel, RunConfig]:
     """The whole model of a checkpoint (or of a run directory's newest) on one device, and the configuration it had."""
     folder = checkpoint.resolve(path)
@@ -76,7 +71,7 @@ def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tu
     with torch.device("meta"):
         model = AriaModel(config.model)
     model.to_empty(device=device)
-    load_weights(model, folder)
+    checkpoint.load(folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     return model.to(dtype), config
 
 

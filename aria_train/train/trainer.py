@@ -24,17 +24,18 @@ from aria_train.config import RunConfig, check_world, dump_config
 from aria_train.data.loader import Loader
 from aria_train.errors import CheckpointError
 from aria_train.model import AriaModel
-from aria_train.model.init import initialise
+from aria_train.model.aria import part_of
 from aria_train.parallel import checkpoint
 from aria_train.parallel.collectives import sum_over_ranks
 from aria_train.parallel.mesh import build_meshes, init_process_group, pick_device
 from aria_train.parallel.shard import parallelize, set_last_micro_batch
 from aria_train.train.console import Console, peak_memory_gib
 from aria_train.train.evaluation import evaluate_loss
+from aria_train.train.initial import fill_weights
 from aria_train.train.metrics import MetricsWriter
 from aria_train.train.objective import StepSums, Totals, objective, step_metrics
 from aria_train.train.optimizer import build_optimizer, clip_gradients, learning_rate
-from aria_train.train.state import TrainState, check_resumable, load_weights
+from aria_train.train.state import TrainState, check_resumable
 
 
 class Trainer:
@@ -119,7 +120,7 @@ class Trainer:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = clip_gradients(parameters, self.config.optimizer.clip_norm, self.meshes.num_replicas)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.item()
@@ -135,7 +136,10 @@ class Trainer:
         config = self.config
         with torch.device("meta"):
             model = AriaModel(config.model)
-        model.recompute = config.train.recompute
+        model.set_recompute(config.train.recompute)
+        for name, parameter in model.named_parameters():
+            if part_of(name) in config.train.freeze:
+                parameter.requires_grad_(False)
         parallelize(model, self.meshes, config.train.precision)
         model.to_empty(device=self.device)
         counts = torch.zeros(config.model.num_layers, config.model.num_experts, dtype=torch.float64, device=self.device)
@@ -155,11 +159,8 @@ class Trainer:
             self.state.load(newest)
             self.console.message(f"resumed from {newest}")
             return
-        initialise(self.state.model, config.model.init_std, config.train.seed)
-        if config.checkpoint.init_from is not None:
-            folder = checkpoint.resolve(config.checkpoint.init_from)
-            load_weights(self.state.model, folder)
-            self.console.message(f"weights from {folder}")
+        for line in fill_weights(self.state.model, config):
+            self.console.message(line)
 
     def _report(self, metrics: dict[str, Any]) -> None:
         self.console.update(metrics)
