@@ -48,9 +48,10 @@ def _register_prepare(commands: Any) -> None:
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="Hugging Face tokenizer folder")
     parser.add_argument(
         "--format",
-        choices=("text", "chat", "interleaved", "captions", "parquet-images"),
+        choices=("text", "chat", "interleaved", "captions"),
         default="text",
-        help="what the inputs hold (%(default)s)",
+        help="what the inputs hold (%(default)s); all but text may have images, in JSON lines, Parquet, or a data set "
+        "saved as Arrow",
     )
     parser.add_argument(
         "--holdout-fraction",
@@ -62,7 +63,44 @@ def _register_prepare(commands: Any) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="worker processes (default: one per CPU)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     _add_reading_options(parser)
+    _add_multimodal_options(parser)
     parser.set_defaults(run=_prepare)
+
+
+def _add_multimodal_options(parser: Any) -> None:
+    group = parser.add_argument_group("formats with images")
+    group.add_argument(
+        "--model-config", metavar="YAML", help="the stage's configuration: model.vision sizes the images"
+    )
+    group.add_argument(
+        "--loss",
+        choices=("assistant", "text"),
+        help="what is learned: what the assistant says (default for chat), or all text (default for the others)",
+    )
+    group.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="size class of every image; a record's own image_size wins (default: the smallest class that holds it)",
+    )
+    group.add_argument(
+        "--split-images",
+        type=int,
+        metavar="PIXELS",
+        help="cut images beyond their size class into crops, on grids that are multiples of this size class",
+    )
+    group.add_argument(
+        "--image-root", metavar="FOLDER", help="what image paths start from (default: the input's folder)"
+    )
+    group.add_argument("--image-key", default="image", metavar="KEY", help="image, if not `images` (%(default)s)")
+    group.add_argument("--question-key", default="question", metavar="KEY", help="chat without messages (%(default)s)")
+    group.add_argument("--answer-key", default="answer", metavar="KEY", help="chat without messages (%(default)s)")
+    group.add_argument(
+        "--no-image-check",
+        dest="check_images",
+        action="store_false",
+        help="read the headers of images only; faster, but broken ones are found in training",
+    )
 
 
 def _add_reading_options(parser: Any) -> None:
@@ -108,9 +146,6 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    """Multimodal formats go to `prepare_multimodal.prepare(args)`, with the namespace of `_register_prepare`: `output`
-    (a folder), `inputs`, `tokenizer`, `format`, `holdout_fraction`, `processes` (None = one per CPU), `overwrite`,
-    `text_key`, `glob`, all as given; whatever they need beyond that they add there."""
     if args.format == "text":
         from aria_train.data import prepare
 

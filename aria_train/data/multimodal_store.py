@@ -86,7 +86,7 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.samples = self.tokens = self.targets = self.images = self.image_tokens = self.longest = 0
         self.largest_token_id = 0
         self._categories: Counter[str] = Counter()

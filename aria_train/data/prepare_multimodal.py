@@ -1,0 +1,256 @@
+"""From conversations, documents and captioned images to a multimodal corpus: `aria-train data prepare --format ...`.
+
+Processes turn units of the input into samples; the parent writes them in the order of the input, so the result does
+not depend on the number of processes, and publishes the whole folder by renaming. What is skipped is listed, with its
+place and reason, in `skipped.jsonl` of the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aria_train.config import load_config
+from aria_train.data import multimodal_inputs, tokenizer
+from aria_train.data.multimodal_formats import BadRecord, Encoder, Recipe
+from aria_train.data.multimodal_inputs import Unit, read_records
+from aria_train.data.multimodal_store import Sample, Writer
+from aria_train.data.prepare import SkipReport
+from aria_train.data.prepare_inputs import Skipped, find_inputs
+from aria_train.data.publish import replacing
+from aria_train.errors import DataError
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """`aria-train data prepare --format chat|interleaved|captions`; see `commands` for the arguments."""
+    if not 0 <= args.holdout_fraction < 1:
+        raise DataError(f"--holdout-fraction {args.holdout_fraction}: must be at least 0 and below 1, such as 0.01.")
+    if args.processes is not None and args.processes < 1:
+        raise DataError(f"--processes {args.processes}: must be 1 or more.")
+    recipe = make_recipe(args)
+    paths = find_inputs(args.inputs, args.glob or multimodal_inputs.GLOBS)
+    processes = args.processes or len(os.sched_getaffinity(0))
+    prepare_multimodal(Path(args.output), paths, recipe, processes, args.holdout_fraction, args.overwrite)
+
+
+def make_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that the command's arguments describe. Raises DataError where they do not fit the model."""
+    if args.model_config is None:
+        raise DataError(
+            f"--format {args.format} needs --model-config: the stage's YAML, whose model.vision says how many tokens "
+            "an image becomes."
+        )
+    model = load_config(args.model_config).model
+    sizes = sorted(model.vision.image_sizes) if model.vision else []
+    for option, size in (("--image-size", args.image_size), ("--split-images", args.split_images)):
+        if size is not None and size not in sizes:
+            raise DataError(f"{option} {size}: must be one of model.vision.image_sizes, which are {sizes}.")
+    return Recipe(
+        tokenizer=args.tokenizer,
+        model=model,
+        format=args.format,
+        loss=args.loss or ("assistant" if args.format == "chat" else "text"),
+        image_size=args.image_size,
+        split_unit=args.split_images,
+        check_images=args.check_images,
+        image_root=args.image_root,
+        image_key=args.image_key,
+        text_key=args.text_key,
+        question_key=args.question_key,
+        answer_key=args.answer_key,
+    )
+
+
+def prepare_multimodal(
+    output: Path,
+    paths: Sequence[str],
+    recipe: Recipe,
+    processes: int = 1,
+    holdout_fraction: float = 0.0,
+    overwrite: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Makes the folder `output` and, with a hold-out, `output_validation`; returns their metadata by suffix."""
+    from aria_train.data.prepare_report import Progress
+
+    Encoder(recipe)  # what is wrong with the tokenizer is said before any process starts
+    suffixes = ("", "_validation") if holdout_fraction else ("",)
+    total = sum(os.path.getsize(path) for path in paths)
+    skips = SkipReport()
+    with contextlib.ExitStack() as stack:
+        targets = {suffix: output.with_name(output.name + suffix) for suffix in suffixes}
+        # First entered is last published: a training part that is there says that all is.
+        folders = {s: stack.enter_context(replacing(targets[s], overwrite, "corpus")) for s in suffixes}
+        writers = {suffix: stack.enter_context(Writer(folders[suffix])) for suffix in suffixes}
+        skipped_file = stack.enter_context(open(folders[""] / "skipped.jsonl", "w", encoding="utf-8"))
+        progress = stack.enter_context(Progress(total, "preparing"))
+        for unit, result in _encode_all(paths, recipe, processes):
+            for sample in result.samples:
+                held_out = bool(holdout_fraction) and is_held_out(sample, holdout_fraction)
+                writers["_validation" if held_out else ""].add(sample)
+            for skipped in result.skipped:
+                skips.add(skipped)
+                skipped_file.write(_as_line(skipped))
+            progress.advance(unit.num_bytes, sum(writer.samples for writer in writers.values()))
+        _refuse_empty(writers, paths, skips, holdout_fraction)
+        common = _common_metadata(recipe, holdout_fraction, skips)
+        metadata = {
+            suffix: writer.close(**common, part="validation" if suffix else "train")
+            for suffix, writer in writers.items()
+        }
+    _print_report({targets[suffix]: meta for suffix, meta in metadata.items()}, skips, targets[""])
+    return metadata
+
+
+def is_held_out(sample: Sample, fraction: float) -> bool:
+    """Whether a sample belongs to the validation part: decided by its own content, so copies go the same way."""
+    digest = hashlib.blake2b(sample.token_ids.tobytes(), digest_size=8)
+    for image in sample.images:
+        digest.update(image)
+    return int.from_bytes(digest.digest(), "little") < fraction * 2**64
+
+
+def _common_metadata(recipe: Recipe, holdout_fraction: float, skips: SkipReport) -> dict[str, Any]:
+    vision = recipe.model.vision
+    return {
+        "format": recipe.format,
+        "loss": recipe.loss,
+        "divisible": recipe.format != "chat",
+        "tokenizer": str(recipe.tokenizer),
+        "tokenizer_sha256": tokenizer.tokenizer_hash(recipe.tokenizer),
+        "vocabulary_size": tokenizer.vocabulary_size(tokenizer.load_tokenizer(recipe.tokenizer)),
+        "image_token_id": recipe.model.image_token_id,
+        "image_sizes": {str(size): queries for size, queries in vision.image_sizes.items()} if vision else {},
+        "image_size": recipe.image_size,
+        "split_unit": recipe.split_unit,
+        "holdout_fraction": holdout_fraction,
+        "skipped": skips.as_json(),
+    }
+
+
+def _as_line(skipped: Skipped) -> str:
+    entry = {"path": skipped.path, "line": skipped.line, "reason": skipped.reason, "detail": skipped.detail}
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _refuse_empty(writers: dict[str, Writer], paths: Sequence[str], skips: SkipReport, fraction: float) -> None:
+    reasons = "; ".join(f"{count:,} x {why}, such as {skips.examples[why][0]}" for why, count in skips.counts.items())
+    total = sum(writer.samples for writer in writers.values())
+    if not total:
+        raise DataError(
+            f"no sample could be made from {len(paths):,} file(s), {paths[0]} first; nothing was written. Skipped: "
+            f"{reasons or 'nothing: the files are empty'}."
+        )
+    for suffix, writer in writers.items():
+        if not writer.samples:
+            raise DataError(
+                f"--holdout-fraction {fraction}: of {total:,} samples none fell into the "
+                f"{'validation' if suffix else 'training'} part; nothing was written. Choose a "
+                f"{'larger' if suffix else 'smaller'} fraction."
+            )
+
+
+def _print_report(metadata: dict[Path, dict[str, Any]], skips: SkipReport, output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from aria_train.data.prepare_report import print_skipped
+
+    console = Console()
+    columns = ("samples", "images", "tokens", "image_tokens", "targets", "longest_sample")
+    made = Table("corpus", *(name.replace("_", " ") for name in columns), title="prepared", title_justify="left")
+    for path, meta in metadata.items():
+        made.add_row(str(path), *(f"{meta[name]:,}" for name in columns))
+    console.print(made)
+    print_skipped(console, skips)
+    if skips.counts:
+        console.print(f"all of them: {output / 'skipped.jsonl'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+@dataclass
+class UnitResult:
+    """What became of one unit, in order."""
+
+    samples: list[Sample] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def _encode_all(paths: Sequence[str], recipe: Recipe, processes: int) -> Iterator[tuple[Unit, UnitResult]]:
+    """Results of the units, in order, whatever process did them."""
+    units: Iterable[Unit] = multimodal_inputs.split_into_units(paths)
+    if processes == 1:
+        encoder = Encoder(recipe)
+        yield from ((unit, encode_unit(unit, encoder)) for unit in units)
+        return
+    units = iter(units)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (recipe,))
+    pending: collections.deque[tuple[Unit, Future[UnitResult]]] = collections.deque()
+    try:
+        while True:
+            for unit in itertools.islice(units, 2 * processes - len(pending)):
+                pending.append((unit, pool.submit(_work, unit)))
+            if not pending:
+                break
+            unit, future = pending.popleft()
+            yield unit, future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process ended unexpectedly, because memory ran out or a file crashed its decoder; nothing was "
+            f"written. It was at or shortly after {unit.path}:{unit.first}. Use fewer --processes, or take it out."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def encode_unit(unit: Unit, encoder: Encoder) -> UnitResult:
+    """The samples of a unit, and what was skipped."""
+    result = UnitResult()
+    for item in read_records(unit, encoder.recipe.columns):
+        if isinstance(item, Skipped):
+            result.skipped.append(item)
+            continue
+        line, record = item
+        try:
+            result.samples.append(encoder.encode(record, f"{unit.path}:{line}"))
+        except BadRecord as error:
+            result.skipped.append(Skipped(error.reason, unit.path, line, error.detail))
+    return result
+
+
+_encoder: Encoder
+
+
+def _start_worker(recipe: Recipe) -> None:
+    global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One core per process is what we have.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides when to stop.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = Encoder(recipe)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(unit: Unit) -> UnitResult:
+    return encode_unit(unit, _encoder)
