@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aria_train.errors import UserError
@@ -47,8 +48,23 @@ def _build_parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
     train.set_defaults(run=_train)
     data_commands.register(subparsers)
+    _register_weights(subparsers)
     _register_generate(subparsers)
     return parser
+
+
+def _register_weights(subparsers: Any) -> None:
+    load = subparsers.add_parser("import", help="make a checkpoint of Hugging Face weights")
+    load.add_argument(
+        "hf_dir", metavar="HF_DIR", help="folder with config.json and safetensors, in any published naming"
+    )
+    load.add_argument("checkpoint", metavar="CHECKPOINT", help="new checkpoint folder, for checkpoint.init_from")
+    load.set_defaults(run=_command("aria_train.stages.weights", "run_import"))
+    store = subparsers.add_parser("export", help="make Hugging Face weights of a checkpoint")
+    store.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or run directory")
+    store.add_argument("hf_dir", metavar="HF_DIR", help="new folder, which transformers loads")
+    store.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    store.set_defaults(run=_command("aria_train.stages.weights", "run_export"))
 
 
 def _register_generate(subparsers: Any) -> None:
@@ -60,13 +76,16 @@ def _register_generate(subparsers: Any) -> None:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_command("aria_train.eval.commands", "run_generate"))
 
 
-def _generate(args: argparse.Namespace) -> None:
-    from aria_train.eval.commands import run_generate
+def _command(module: str, function: str) -> Callable[[argparse.Namespace], None]:
+    """A command whose module is imported when it runs."""
 
-    run_generate(args)
+    def run(args: argparse.Namespace) -> None:
+        getattr(importlib.import_module(module), function)(args)
+
+    return run
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ class NgramModel:
 
         p(w | v) = max(c(v w) - d, 0) / c(v) + d * followers(v) / c(v) * p(w),   d = n1 / (n1 + 2 n2)
 
-    (Ney, Essen, Kneser 1994; n1 and n2 are the numbers of pairs seen once and twice). Both sum to 1 over the vocabulary.
+    (Ney, Essen, Kneser 1994; n1 and n2 are the numbers of pairs seen once and twice). Both sum to 1.
     """
 
     def __init__(self, pairs: NDArray[np.int64], counts: NDArray[np.int64], vocab_size: int) -> None:

@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,34 @@ def save(target: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> Non
     dist.all_gather_object(gathered, mine)
     if dist.get_rank() == 0:
         manifest.files = {name: print_ for part in gathered for name, print_ in sorted(part.items())}
-        _write_durably(writing / MANIFEST, json.dumps(asdict(manifest), indent=1))
-        _sync_folder(writing)
-        if target.exists():
-            shutil.rmtree(target)
-        writing.rename(target)
-        _sync_folder(target.parent)
+        _publish(writing, target, manifest)
     dist.barrier()
+
+
+def save_alone(target: Path, write: Callable[[Path], None], manifest: Manifest) -> None:
+    """One process writes and publishes a checkpoint whose data files `write` puts into the folder it is given."""
+    if target.exists():
+        raise CheckpointError(f"{target} already exists. Give a new folder.")
+    writing = target.with_name(target.name + _WRITING)
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        write(writing)
+        manifest.files = {path.name: _fingerprint(path) for path in sorted(writing.iterdir())}
+        _publish(writing, target, manifest)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+
+
+def _publish(writing: Path, target: Path, manifest: Manifest) -> None:
+    """The manifest, then the rename that makes the checkpoint visible."""
+    _write_durably(writing / MANIFEST, json.dumps(asdict(manifest), indent=1))
+    _sync_folder(writing)
+    if target.exists():
+        shutil.rmtree(target)
+    writing.rename(target)
+    _sync_folder(target.parent)
 
 
 def load(folder: Path, tensors: Mapping[str, Tensor], parts: Collection[str] | None = None) -> None:
