@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -158,13 +160,14 @@ def assert_same_gradients(ours: torch.nn.Module, theirs: AriaForConditionalGener
         assert difference <= limit, f"{name}: {difference:.3g} > {limit:.3g}"
 
 
-def by_our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_our_names(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a released model (names in memory) under our names."""
     ours = {published: name for name, published in _our_to_published(tensors).items()}
-    return {ours[canonical(name)]: tensor for name, tensor in tensors.items()}
+    # Shared experts of width 0 are tensors there, and nothing here.
+    return {ours[canonical(name)]: tensor for name, tensor in tensors.items() if tensor is None or tensor.numel()}
 
 
-def _our_to_published(tensors: dict[str, Tensor]) -> dict[str, str]:
+def _our_to_published(tensors: Mapping[str, Any]) -> dict[str, str]:
     from aria_train.config import ModelConfig, VisionConfig
     from aria_train.model.hf import tensor_shapes
 

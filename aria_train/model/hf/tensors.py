@@ -117,7 +117,7 @@ def _match(folder: Path, shapes: Mapping[str, Shape], unused: Mapping[str, Shape
     ]
     if problems:
         raise CheckpointError(
-            f"{folder}: its tensors are not those of the model that config.json describes. {'; '.join(problems)}. "
+            f"{folder}: its tensors are not those of the model. {'; '.join(problems)}. "
             f"Nothing was imported."
         )
     return matched
