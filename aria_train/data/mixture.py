@@ -13,6 +13,7 @@ All arithmetic is in integers, shares in units of 2^-32 / 1000.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -26,9 +27,10 @@ _UNIT = 1 << 32
 """Steps of one cell: boundaries of sources are integers in [0, BLOCK * _UNIT]."""
 _TURN = 1 << 64
 """One full sweep of the offset, up and down."""
-_LARGEST_STEP, _SMALLEST_STEP = 1 / 16, 1 / 256
-_IRRATIONAL = 0.9689
-"""Keeps the sweep from repeating; any number without a small denominator would do."""
+_FEWEST_BLOCKS, _MOST_BLOCKS = 32, 512
+"""Blocks of one full sweep. Fewer spread a rare source better, more make the step smaller."""
+_GOLDEN = 0x9E3779B9
+"""The golden section in units of 2^-32: a sweep of so many blocks and this fraction covers [0, 1) most evenly."""
 
 
 class Mixture:
@@ -50,8 +52,8 @@ class Mixture:
         # Two blocks may miss by more than one only where the offset jumps over a source's fractional part.
         fractions = [high - low for low, high in itertools.pairwise(bounds)]
         nearest = min((min(f % _UNIT, -f % _UNIT) / _UNIT for f in fractions if f % _UNIT), default=1.0)
-        step = min(max(nearest / 2, _SMALLEST_STEP), _LARGEST_STEP) * _IRRATIONAL
-        self._advance = int(step / 2 * _TURN) | 1
+        blocks = min(max(math.ceil(2 / nearest), _FEWEST_BLOCKS), _MOST_BLOCKS)
+        self._advance = _TURN * _UNIT // (blocks * _UNIT + _GOLDEN)
         self._cells = np.arange(BLOCK, dtype=np.int64) * _STRIDE % BLOCK * _UNIT
         self._inner = np.array(bounds[1:-1], np.int64)
 

@@ -214,6 +214,8 @@ def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
