@@ -82,62 +82,25 @@ class MultimodalSource:
             )
 
     def _plan(self, config: RunConfig) -> PackingPlan:
-        folder = self.reader.folder
-        parts = [
-            PLAN_VERSION,
-            _CUTTING_VERSION,
-            self._context_length,
-            config.train.seed,
-            self.reader.meta["fingerprint"],
-        ]
+        folder, meta = self.reader.folder, self.reader.meta
+        parts = [PLAN_VERSION, _CUTTING_VERSION, self._context_length, config.train.seed]
+        parts += [meta["divisible"], meta["fingerprint"]]
         key = f"{self._context_length}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
         places = [folder / "packing", Path(config.train.run_dir) / "packing"]
-        plan = cached_plan(places, key, lambda: self._build_plan(config.train.seed))
+        plan = cached_plan(places, key, lambda: plan_samples(self.reader, self._context_length, config.train.seed))
         if len(plan.starts) == 1:
             raise DataError(
                 f"{folder}: none of its {len(self.reader):,} samples fits a window of {self._context_length} tokens "
-                f"(train.context_length); the longest has {self.reader.meta['longest_sample']:,}. Raise "
+                f"(train.context_length); the longest has {meta['longest_sample']:,}. Raise "
                 "train.context_length, or prepare the corpus with smaller images or shorter samples."
             )
         return plan
-
-    def _build_plan(self, seed: int) -> PackingPlan:
-        positions = self.reader.lengths().astype(np.int64) - 1
-        fits = positions <= self._context_length
-        documents, pieces, lengths = [np.flatnonzero(fits)], [np.zeros(int(fits.sum()), np.int64)], [positions[fits]]
-        cut = 0
-        for row in np.flatnonzero(~fits).tolist():
-            bounds = self._cut(int(positions[row]), self.reader.placements(row))
-            cut += bool(bounds)
-            documents.append(np.full(len(bounds), row))
-            pieces.append(np.arange(len(bounds)))
-            lengths.append(np.array([end - start for start, end in bounds], np.int64))
-        all_lengths = np.concatenate(lengths)
-        starts, order = pack(all_lengths, self._context_length, seed)
-        windows, filled = len(starts) - 1, int(all_lengths.sum())
-        stats = PackingStats(
-            documents=len(positions),
-            without_targets=0,
-            cut=cut,
-            targets=filled,
-            windows=windows,
-            efficiency=filled / (windows * self._context_length) if windows else 0.0,
-        )
-        return PackingPlan(
-            starts, np.concatenate(documents)[order], np.concatenate(pieces)[order].astype(np.int32), stats
-        )
-
-    def _cut(self, positions: int, placements: list[Placement]) -> list[tuple[int, int]]:
-        """The pieces of a sample too long for the window; none where it cannot be cut."""
-        if not self.reader.meta["divisible"]:
-            return []
-        return cut_points(positions, [(p.start - 1, p.end + 1) for p in placements], self._context_length)
 
     def _report_left_out(self) -> None:
         samples = len(self.reader)
         self.left_out = samples - int((self.plan.pieces == 0).sum())
         if self.left_out:
-            why = "have an image larger than it" if self.reader.meta["divisible"] else "conversations are not cut"
+            why = "an image larger than it" if self.reader.meta["divisible"] else "conversations are not cut"
             logger.warning(
                 "source %r: %d of %d samples are longer than train.context_length %d and are left out (%s); the "
                 "longest has %d tokens.",
@@ -170,7 +133,7 @@ class MultimodalSource:
         positions = len(sample.token_ids) - 1
         start, end = 0, positions
         if positions > self._context_length:
-            start, end = self._cut(positions, sample.placements)[number]
+            start, end = cut_points(positions, _kept_whole(sample.placements), self._context_length)[number]
         token_ids, targets = sample.token_ids[start:end], sample.token_ids[start + 1 : end + 1]
         self._check_tokens(sample, row)
         labels = np.where(sample.loss[start + 1 : end + 1] == 1, targets, np.int32(IGNORE_LABEL))
@@ -218,6 +181,37 @@ class MultimodalSource:
         raise DataError(
             f"{self.reader.folder}: sample {row} holds {wrong}. The corpus is damaged: copy or prepare it again."
         )
+
+
+def plan_samples(reader: Reader, context_length: int, seed: int) -> PackingPlan:
+    """Packs the samples of a corpus into windows of `context_length` positions; those that cannot fit have no piece."""
+    positions = reader.lengths().astype(np.int64) - 1
+    fits = positions <= context_length
+    documents, pieces, lengths = [np.flatnonzero(fits)], [np.zeros(int(fits.sum()), np.int64)], [positions[fits]]
+    cut = 0
+    for row in np.flatnonzero(~fits).tolist() if reader.meta["divisible"] else []:
+        bounds = cut_points(int(positions[row]), _kept_whole(reader.placements(row)), context_length)
+        cut += bool(bounds)
+        documents.append(np.full(len(bounds), row))
+        pieces.append(np.arange(len(bounds)))
+        lengths.append(np.array([end - start for start, end in bounds], np.int64))
+    all_lengths = np.concatenate(lengths)
+    starts, order = pack(all_lengths, context_length, seed)
+    windows, filled = len(starts) - 1, int(all_lengths.sum())
+    stats = PackingStats(
+        documents=len(positions),
+        without_targets=0,
+        cut=cut,
+        targets=filled,
+        windows=windows,
+        efficiency=filled / (windows * context_length) if windows else 0.0,
+    )
+    return PackingPlan(starts, np.concatenate(documents)[order], np.concatenate(pieces)[order].astype(np.int32), stats)
+
+
+def _kept_whole(placements: list[Placement]) -> list[tuple[int, int]]:
+    """Stretches of a document that are never cut: each image with the marker on either side."""
+    return [(placement.start - 1, placement.end + 1) for placement in placements]
 
 
 def cut_points(positions: int, whole: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:

@@ -294,14 +294,18 @@ def test_images_need_a_model_with_vision(tokenizer, folder):
 # Video
 
 
-def write_video(path: Path, frames: int = 20, rate: int = 5, width: int = 64, height: int = 48) -> None:
-    """Frame i is grey of brightness 10 * i."""
+def write_video(path: Path, frames: int = 20, rate: int = 5, width: int = 64, height: int = 48, turn: int = 0) -> None:
+    """Frame i is grey of brightness 10 * i, its top half white when the video is marked as turned."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt, stream.gop_size = width, height, "yuv420p", 6
+        if turn:
+            stream.set_display_rotation(turn)
         for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), 10 * number, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
+            pixels = np.full((height, width, 3), 10 * number, np.uint8)
+            if turn:
+                pixels[: height // 2] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
 
 
@@ -323,6 +327,15 @@ def test_long_videos_are_sought_and_short_ones_give_each_frame_once(tmp_path):
     assert [round(brightness(frame) / 10) for frame in frames] == [6, 18]
     write_video(tmp_path / "short.mp4", frames=3)
     assert [round(brightness(f) / 10) for f in sample_frames(tmp_path / "short.mp4", 8, VISION)] == [0, 1, 2]
+
+
+@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_rotation"), reason="this PyAV cannot write the mark")
+def test_a_phone_held_upright_gives_upright_frames(tmp_path):
+    write_video(tmp_path / "video.mp4", frames=4, turn=90)
+    (frame,) = sample_frames(tmp_path / "video.mp4", 1, VISION)
+    picture = np.asarray(images.decode(frame)).astype(int)
+    assert picture.shape == (56, 42, 3)
+    assert picture[:, :15].mean() > 200 > 60 > picture[:, -15:].mean(), "the top is at the left: a quarter turn"
 
 
 def test_a_video_becomes_its_frames_as_images(tokenizer, folder):
