@@ -120,7 +120,7 @@ def _register_inspect(commands: Any) -> None:
         help="describe a corpus",
         description="Describes a corpus: documents, tokens, lengths, how well it packs, and a decoded sample.",
     )
-    parser.add_argument("path", metavar="PREFIX", help="corpus: prefix, or folder of pairs")
+    parser.add_argument("path", metavar="PREFIX", help="corpus: prefix, folder of pairs, or multimodal folder")
     parser.add_argument("--context-length", type=int, default=8192, metavar="N", help="window length (%(default)s)")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="decodes the sample (default: as prepared)")
     parser.add_argument("--document", type=int, default=0, metavar="N", help="document to show (%(default)s)")

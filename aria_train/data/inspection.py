@@ -1,4 +1,4 @@
-"""`aria-train data inspect`: what a text corpus holds and how it packs."""
+"""`aria-train data inspect`: what a corpus holds and how it packs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def inspect(args: argparse.Namespace) -> None:
     """Describes every corpus at `args.path`."""
     if args.context_length < 1:
         raise DataError(f"--context-length {args.context_length}: must be 1 or more.")
+    if (Path(args.path) / "meta.json").is_file():
+        from aria_train.data import multimodal_inspection
+
+        return multimodal_inspection.inspect(args)
     console = Console()
     for prefix in find_prefixes([args.path]):
         corpus = IndexedCorpus(prefix)
@@ -49,7 +53,7 @@ def _describe(console: Console, corpus: IndexedCorpus, context_length: int) -> N
             facts.add_row(f"{key} (as prepared)", escape(str(value)))
     console.print(facts)
     if len(lengths):
-        console.print(_histogram(lengths))
+        console.print(length_histogram(lengths))
 
 
 def _metadata(corpus: IndexedCorpus) -> dict[str, object]:
@@ -60,7 +64,7 @@ def _metadata(corpus: IndexedCorpus) -> dict[str, object]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _histogram(lengths: NDArray[np.int64]) -> Table:
+def length_histogram(lengths: NDArray[np.int64]) -> Table:
     """Documents by length, in powers of two."""
     table = Table("tokens per document", "documents", "share of tokens", "", title="lengths", title_justify="left")
     powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)

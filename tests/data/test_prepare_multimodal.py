@@ -493,3 +493,16 @@ def run(arguments: list[str]) -> int:
         return main(arguments) or 0
     except SystemExit as stop:
         return int(stop.code or 0)
+
+
+def test_a_corpus_can_be_looked_into(tokenizer, folder, capsys):
+    record = {"messages": [user(IMAGE, text("What [bold]?")), assistant("A cat.")], "images": ["large.jpg"]}
+    lines = write_lines(folder / "chat.jsonl", [record])
+    prepare_multimodal(folder / "out", [str(lines)], recipe_for(tokenizer, "chat"))
+    capsys.readouterr()
+    assert run(["data", "inspect", str(folder / "out"), "--context-length", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert "image 1: 300 x 200" in shown
+    assert "class 112, 16 tokens" in shown
+    assert "<fim_prefix><|img|> x 16<fim_suffix>What [bold]?<|im_end|>" in shown
+    assert run(["data", "inspect", str(folder / "out"), "--document", "1"]) == 2
