@@ -101,3 +101,4 @@ def write_tensors(
             done += tensor.numel()
             if progress:
                 progress(name, done, total)
+            del tensor  # before the next one is read
