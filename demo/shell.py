@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from aria_train.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 """The repository. Commands run in it, so that paths in configurations and messages are short."""
 
@@ -54,7 +56,7 @@ def run_script(main: Callable[[], None]) -> None:
     os.chdir(ROOT)
     try:
         main()
-    except DemoError as error:
+    except (DemoError, UserError) as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same make target goes on from here.")
