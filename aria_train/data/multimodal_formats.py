@@ -4,6 +4,18 @@ A conversation is `<|im_start|>{role}\\n{content}<|im_end|>\\n` per message. An 
 `<fim_prefix><|img|><fim_suffix>`, its `<|img|>` repeated once per visual token; a video is its frames as images.
 Documents and captions end with the tokenizer's end-of-document token. Loss falls on text only: never on image tokens
 nor on the markers beside them.
+
+Records, one JSON object per line (or the same keys as columns of a table):
+
+    chat         {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+                               {"role": "assistant", "content": "A cat."}], "images": ["cat.png"]}
+                 {"messages": [... {"type": "video"} ...], "video": {"path": "cat.mp4", "num_frames": 8}}
+                 {"image": "cat.png", "question": "What?", "answer": "A cat."}
+    interleaved  {"content": [{"type": "text", "text": "A cat"}, {"type": "image", "image": "cat.png"}]}
+                 {"texts": ["A cat", null], "images": [null, "cat.png"]}
+    captions     {"image": "cat.png", "caption": "A cat."}
+
+An image is a path, bytes, or {"bytes", "path"}. `category` (text) and `image_size` (a size class) may be added to any.
 """
 
 from __future__ import annotations

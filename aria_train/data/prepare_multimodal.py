@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -194,12 +194,14 @@ class UnitResult:
 
 def _encode_all(paths: Sequence[str], recipe: Recipe, processes: int) -> Iterator[tuple[Unit, UnitResult]]:
     """Results of the units, in order, whatever process did them."""
-    units: Iterable[Unit] = multimodal_inputs.split_into_units(paths)
-    if processes == 1:
+    units = multimodal_inputs.split_into_units(paths)
+    first = list(itertools.islice(units, processes))
+    units = itertools.chain(first, units)
+    processes = len(first)  # no more than there is work for
+    if processes <= 1:
         encoder = Encoder(recipe)
         yield from ((unit, encode_unit(unit, encoder)) for unit in units)
         return
-    units = iter(units)
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (recipe,))
     pending: collections.deque[tuple[Unit, Future[UnitResult]]] = collections.deque()
     try:

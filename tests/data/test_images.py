@@ -269,6 +269,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -294,6 +295,7 @@ def test_unusable_bytes_give_one_reason(data, reason):
     assert len(str(failure.value)) < 200
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damage_anywhere_is_a_bad_image_or_an_image():
     generator, refused = np.random.default_rng(5), 0
     for format in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"):
