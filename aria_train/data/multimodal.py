@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aria_train.batch import IGNORE_LABEL
-from aria_train.config import RunConfig, SourceConfig
+from aria_train.config import ModelConfig, RunConfig, SourceConfig
 from aria_train.data import images
 from aria_train.data.images import BadImage, ProcessedImage
 from aria_train.data.multimodal_store import Placement, Reader, Sample
@@ -42,7 +42,7 @@ class MultimodalSource:
         path = source.path if isinstance(source.path, str) else source.path[0]
         try:
             self.reader = Reader(Path(path))
-            self._check_fits()
+            check_fits(self.reader, self._model)
             self.plan = self._plan(config)
         except DataError as error:
             raise DataError(f"source {source.name!r}: {error}") from None
@@ -53,33 +53,6 @@ class MultimodalSource:
 
     # -----------------------------------------------------------------------------------------------------------------
     # Opening
-
-    def _check_fits(self) -> None:
-        """What was settled when the corpus was prepared must be what the model expects."""
-        meta, model, folder = self.reader.meta, self._model, self.reader.folder
-        if meta["largest_token_id"] >= model.vocab_size:
-            raise DataError(
-                f"{folder}: holds token id {meta['largest_token_id']}, but the model's vocabulary is 0 to "
-                f"{model.vocab_size - 1}. Prepare the corpus with the model's tokenizer, or set model.vocab_size."
-            )
-        if not meta["images"]:
-            return
-        if model.vision is None:
-            raise DataError(
-                f"{folder}: holds {meta['images']:,} images, but the model has no vision encoder. Add a model.vision "
-                "section, or take this source out of the blend."
-            )
-        if meta["image_token_id"] != model.image_token_id:
-            raise DataError(
-                f"{folder}: marks images with token id {meta['image_token_id']}, but model.image_token_id is "
-                f"{model.image_token_id}. Prepare the corpus with this model's configuration, or set the id."
-            )
-        prepared = {int(size): queries for size, queries in meta["image_sizes"].items()}
-        if any(model.vision.image_sizes.get(size) != queries for size, queries in prepared.items()):
-            raise DataError(
-                f"{folder}: was prepared for image sizes {prepared} (longer edge: tokens), but "
-                f"model.vision.image_sizes is {model.vision.image_sizes}. Prepare it with this model's configuration."
-            )
 
     def _plan(self, config: RunConfig) -> PackingPlan:
         folder, meta = self.reader.folder, self.reader.meta
@@ -212,6 +185,34 @@ def plan_samples(reader: Reader, context_length: int, seed: int) -> PackingPlan:
 def _kept_whole(placements: list[Placement]) -> list[tuple[int, int]]:
     """Stretches of a document that are never cut: each image with the marker on either side."""
     return [(placement.start - 1, placement.end + 1) for placement in placements]
+
+
+def check_fits(reader: Reader, model: ModelConfig) -> None:
+    """Raises DataError where they do not fit: what was settled when the corpus was prepared must be what the model expects."""
+    meta, folder = reader.meta, reader.folder
+    if meta["largest_token_id"] >= model.vocab_size:
+        raise DataError(
+            f"{folder}: holds token id {meta['largest_token_id']}, but the model's vocabulary is 0 to "
+            f"{model.vocab_size - 1}. Prepare the corpus with the model's tokenizer, or set model.vocab_size."
+        )
+    if not meta["images"]:
+        return
+    if model.vision is None:
+        raise DataError(
+            f"{folder}: holds {meta['images']:,} images, but the model has no vision encoder. Add a model.vision "
+            "section, or take this source out of the blend."
+        )
+    if meta["image_token_id"] != model.image_token_id:
+        raise DataError(
+            f"{folder}: marks images with token id {meta['image_token_id']}, but model.image_token_id is "
+            f"{model.image_token_id}. Prepare the corpus with this model's configuration, or set the id."
+        )
+    prepared = {int(size): queries for size, queries in meta["image_sizes"].items()}
+    if any(model.vision.image_sizes.get(size) != queries for size, queries in prepared.items()):
+        raise DataError(
+            f"{folder}: was prepared for image sizes {prepared} (longer edge: tokens), but "
+            f"model.vision.image_sizes is {model.vision.image_sizes}. Prepare it with this model's configuration."
+        )
 
 
 def cut_points(positions: int, whole: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:

@@ -77,7 +77,7 @@ class TextSource:
         self.corpora = [IndexedCorpus(prefix) for prefix in prefixes]
         self._first_document = np.cumsum([0, *(corpus.num_documents for corpus in self.corpora)]).tolist()
         for corpus in self.corpora:
-            _check_fits(corpus, model)
+            check_fits(corpus, model)
         first = self.corpora[0]
         folders = [Path(first.prefix + ".packing"), *([fallback] if fallback else [])]
         self.plan = cached_plan(folders, self._plan_key(seed), lambda: self._build_plan(seed))
@@ -135,7 +135,7 @@ class TextSource:
         return tokens.astype(np.int32)
 
 
-def _check_fits(corpus: IndexedCorpus, model: ModelConfig) -> None:
+def check_fits(corpus: IndexedCorpus, model: ModelConfig) -> None:
     """What can be known of a corpus and the model before reading tokens."""
     if corpus.dtype.kind not in "iu":
         raise DataError(
