@@ -202,6 +202,16 @@ class ScheduleConfig(Section):
     decay_tokens: Tokens = 0
     """Warm-up-stable-decay: length of the final linear decay."""
     min_lr_ratio: Share = 0.1
+    rope_from: Annotated[Number, Field(gt=1)] | None = None
+    """RoPE base that the run begins with, for a gradual change to `model.rope_base`; null = that base from the start."""
+    rope_tokens: Tokens = 0
+    """Tokens over which the RoPE base goes from `rope_from` to `model.rope_base`, geometrically."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        if (self.rope_from is None) != (self.rope_tokens == 0):
+            raise ValueError("rope_from and rope_tokens go together: the base to begin with, and how long to change it")
+        return self
 
 
 class TrainConfig(Section):
@@ -244,6 +254,8 @@ class CheckpointConfig(Section):
     """Hugging Face folder of a SigLIP vision encoder that a new run's vision encoder starts from."""
     init_fresh: list[Part] = []
     """Parts that start from random weights although `init_from` is given: named, so that none does by accident."""
+    init_optimizer: bool = False
+    """Whether a new run takes over the Adam moments of `init_from` too; the position in the data starts afresh."""
 
 
 class LoggingConfig(Section):
@@ -284,6 +296,13 @@ class RunConfig(Section):
         if self.train.max_tokens is not None:
             limits.append(-(-self.train.max_tokens // self.tokens_per_step))
         return min(limits)
+
+    def rope_base_at(self, tokens: int) -> float:
+        """RoPE base of the step that begins after `tokens` tokens of this run."""
+        base, start = self.model.rope_base, self.schedule.rope_from
+        if start is None or tokens >= self.schedule.rope_tokens:
+            return base
+        return start * (base / start) ** (tokens / self.schedule.rope_tokens)
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

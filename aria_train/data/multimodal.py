@@ -188,7 +188,7 @@ def _kept_whole(placements: list[Placement]) -> list[tuple[int, int]]:
 
 
 def check_fits(reader: Reader, model: ModelConfig) -> None:
-    """Raises DataError where they do not fit: what was settled when the corpus was prepared must be what the model expects."""
+    """What was settled when a corpus was prepared must be what the model expects. Raises DataError."""
     meta, folder = reader.meta, reader.folder
     if meta["largest_token_id"] >= model.vocab_size:
         raise DataError(
