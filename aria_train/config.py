@@ -203,7 +203,7 @@ class ScheduleConfig(Section):
     """Warm-up-stable-decay: length of the final linear decay."""
     min_lr_ratio: Share = 0.1
     rope_from: Annotated[Number, Field(gt=1)] | None = None
-    """RoPE base that the run begins with, for a gradual change to `model.rope_base`; null = that base from the start."""
+    """RoPE base that the run begins with, if it is to change gradually to `model.rope_base`; null = no change."""
     rope_tokens: Tokens = 0
     """Tokens over which the RoPE base goes from `rope_from` to `model.rope_base`, geometrically."""
 
