@@ -165,13 +165,14 @@ def _refuse_empty(writers: dict[str, Writer], paths: Sequence[str], skips: SkipR
 
 def _print_report(metadata: dict[Path, dict[str, Any]], skips: SkipReport, output: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from aria_train.data.prepare_report import print_skipped
 
     console = Console()
     columns = ("samples", "images", "tokens", "image_tokens", "targets", "longest_sample")
-    made = Table("corpus", *(name.replace("_", " ") for name in columns), title="prepared", title_justify="left")
+    names = [name.replace("_", " ") for name in columns]
+    made = Table(Column("corpus", overflow="fold"), *names, title="prepared", title_justify="left")
     for path, meta in metadata.items():
         made.add_row(str(path), *(f"{meta[name]:,}" for name in columns))
     console.print(made)
