@@ -56,6 +56,7 @@ class AriaModel(nn.Module):
         super().__init__()
         self.config = config
         self.recompute: Recompute = "none"
+        self.rope_base = config.rope_base  # a stage may change it step by step
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -94,7 +95,7 @@ class AriaModel(nn.Module):
             images = batch.images or ImageBatch.empty(self.vision.config.patch_size, x_TH.device)
             visual_tokens = self.projector(self.vision(images), images)
             x_TH = self._place(visual_tokens, x_TH, batch.token_ids)
-        documents = Documents.build(batch, self.config, cache)
+        documents = Documents.build(batch, self.config.head_dim, self.rope_base, cache)
         stats: list[RouterStats] = []
         for index, layer in enumerate(self.layers):
             x_TH, layer_stats = run_layer(layer, x_TH, documents.of_layer(index), self.recompute)

@@ -57,9 +57,9 @@ class Documents:
     layer: int = 0
 
     @classmethod
-    def build(cls, batch: MicroBatch, config: ModelConfig, cache: Cache | None = None) -> Documents:
+    def build(cls, batch: MicroBatch, head_dim: int, rope_base: float, cache: Cache | None = None) -> Documents:
         positions = batch.position_ids() + (cache.length if cache is not None else 0)
-        cos, sin = rope_tables(positions, config.head_dim, config.rope_base)
+        cos, sin = rope_tables(positions, head_dim, rope_base)
         return cls(batch.starts, batch.max_document, cos, sin, cache)
 
     def of_layer(self, layer: int) -> Documents:

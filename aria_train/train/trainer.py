@@ -89,6 +89,7 @@ class Trainer:
         totals = self._totals(batches)
         sums = StepSums(len(config.data.train))
         state.model.train()
+        state.model.rope_base = config.rope_base_at(state.step * config.tokens_per_step)
         for index, batch in enumerate(batches):
             set_last_micro_batch(state.model, index == len(batches) - 1)
             batch = batch.to(self.device)
