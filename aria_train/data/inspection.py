@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from aria_train.data import tokenizer as tokenizers_
 from aria_train.data.indexed import IndexedCorpus
@@ -18,7 +18,7 @@ from aria_train.data.packing import plan_documents
 from aria_train.data.text import find_prefixes
 from aria_train.errors import DataError
 
-_BAR = 40
+_BAR = 20
 _SAMPLE_TOKENS = 120
 
 
@@ -41,7 +41,8 @@ def inspect(args: argparse.Namespace) -> None:
 def _describe(console: Console, corpus: IndexedCorpus, context_length: int) -> None:
     lengths = corpus.document_lengths()
     stats = plan_documents(lengths, context_length, seed=0).stats
-    facts = Table(show_header=False, title=corpus.prefix, title_justify="left")
+    console.print(corpus.prefix, style="bold", markup=False, highlight=False, soft_wrap=True)
+    facts = Table("", Column(overflow="fold"), show_header=False)
     facts.add_row("documents", f"{corpus.num_documents:,}")
     facts.add_row("of them without a target", f"{stats.without_targets:,} (fewer than two tokens)")
     facts.add_row("sequences", f"{corpus.num_sequences:,}")

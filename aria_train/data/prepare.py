@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -15,10 +16,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,15 @@ import numpy as np
 
 from aria_train.data import tokenizer as tokenizers_
 from aria_train.data.indexed import IndexedCorpus, IndexedWriter, publish_files, strip_suffix, token_dtype
-from aria_train.data.prepare_inputs import LinesRead, Skipped, Unit, find_inputs, read_documents, split_into_units
+from aria_train.data.prepare_inputs import (
+    LinesRead,
+    Skipped,
+    Unit,
+    find_inputs,
+    read_documents,
+    size_of,
+    split_into_units,
+)
 from aria_train.data.publish import workplace_beside
 from aria_train.errors import DataError
 
@@ -93,8 +103,28 @@ def prepare(args: argparse.Namespace) -> None:
     for suffix in job.parts:
         if Path(f"{prefix}{suffix}.idx").exists() and not args.overwrite:
             raise DataError(f"{prefix}{suffix}.idx: exists already. Choose another prefix, or give --overwrite.")
-    paths = find_inputs(args.inputs, args.glob)
-    prepare_text(prefix, paths, job, args.processes or len(os.sched_getaffinity(0)))
+    if not job.holdout_fraction:
+        _refuse_stale_holdout(prefix)
+    prepare_text(prefix, find_inputs(args.inputs, args.glob), job, args.processes or _num_cpus())
+
+
+def _refuse_stale_holdout(prefix: str) -> None:
+    """Without a hold-out, documents that an earlier preparation held out would be trained on."""
+    try:
+        part = json.loads(Path(f"{prefix}_validation.json").read_text(encoding="utf-8")).get("part")
+    except (OSError, ValueError, AttributeError):
+        return
+    if part == "validation":
+        raise DataError(
+            f"{prefix}_validation: was held out of {prefix} by an earlier preparation; without --holdout-fraction its "
+            "documents would be trained on. Give the same --holdout-fraction, or remove the files "
+            f"{prefix}_validation.*."
+        )
+
+
+def _num_cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare_text(prefix: str, paths: Sequence[str], job: Job, processes: int) -> dict[str, dict[str, Any]]:
@@ -104,19 +134,20 @@ def prepare_text(prefix: str, paths: Sequence[str], job: Job, processes: int) ->
     tokenizer = tokenizers_.load_tokenizer(job.tokenizer)
     tokenizers_.end_of_document_id(job.tokenizer, tokenizer)
     dtype = token_dtype(tokenizers_.vocabulary_size(tokenizer))
-    total = sum(os.path.getsize(path) for path in paths)
+    total = sum(size_of(path) for path in paths)
     unit_bytes = min(max(total // (processes * _UNITS_PER_PROCESS), _SMALLEST_UNIT), _LARGEST_UNIT)
     units = split_into_units(paths, unit_bytes)
     skips, characters = SkipReport(), 0
     with workplace_beside(Path(prefix)) as workplace, Progress(sum(unit.num_bytes for unit in units)) as progress:
         writers = {suffix: IndexedWriter(workplace / f"whole{suffix}", dtype) for suffix in job.parts}
         lines_before: collections.Counter[str] = collections.Counter()
-        for number, (unit, report) in enumerate(_tokenize_all(units, job, workplace, processes)):
-            for suffix, writer in writers.items():
-                _move_part(workplace / f"{number}{suffix}", writer)
-            _add_report(skips, unit, report, lines_before)
-            characters += report.characters
-            progress.advance(unit.num_bytes, sum(writer.num_documents for writer in writers.values()))
+        with contextlib.closing(_tokenize_all(units, job, workplace, processes)) as reports:
+            for number, (unit, report) in enumerate(reports):
+                for suffix, writer in writers.items():
+                    _move_part(workplace / f"{number}{suffix}", writer)
+                _add_report(skips, unit, report, lines_before)
+                characters += report.characters
+                progress.advance(unit.num_bytes, sum(writer.num_documents for writer in writers.values()))
         _refuse_empty(writers, paths, skips, job)
         metadata = {
             suffix: _metadata(writer, suffix, job, tokenizer, paths, skips) for suffix, writer in writers.items()
@@ -198,16 +229,16 @@ def _refuse_empty(writers: dict[str, IndexedWriter], paths: Sequence[str], skips
 
 def _tokenize_all(
     units: Sequence[Unit], job: Job, workplace: Path, processes: int
-) -> Iterator[tuple[Unit, UnitReport]]:
+) -> Generator[tuple[Unit, UnitReport], None, None]:
     """Reports of the units, in order, whatever process did them; their parts lie in the workplace by then."""
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
     if processes == 1 or len(units) == 1:
-        _start_worker(job, workplace, in_parent=True)
+        _start_worker(job, workplace, stop)
         for number, unit in enumerate(units):
             yield unit, _tokenize_unit(number, unit)
         return
-    pool = ProcessPoolExecutor(
-        min(processes, len(units)), multiprocessing.get_context("spawn"), _start_worker, (job, workplace)
-    )
+    pool = ProcessPoolExecutor(min(processes, len(units)), context, _start_process, (job, workplace, stop))
     numbered = enumerate(units)
     pending: collections.deque[tuple[Unit, Future[UnitReport]]] = collections.deque()
     try:
@@ -224,6 +255,7 @@ def _tokenize_all(
             "--processes, or split very long documents."
         ) from None
     finally:
+        stop.set()  # An interruption does not wait for whole units.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -232,6 +264,7 @@ class _Worker:
 
     job: Job
     workplace: Path
+    stop: Event
     tokenizer: Any
     end_of_document: int
     dtype: np.dtype
@@ -240,12 +273,15 @@ class _Worker:
 _worker = _Worker()
 
 
-def _start_worker(job: Job, workplace: Path, in_parent: bool = False) -> None:
-    if not in_parent:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One core per process is what we have.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides when to stop.
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker.job, _worker.workplace = job, workplace
+def _start_process(job: Job, workplace: Path, stop: Event) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One core per process is what we have.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides when to stop.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _start_worker(job, workplace, stop)
+
+
+def _start_worker(job: Job, workplace: Path, stop: Event) -> None:
+    _worker.job, _worker.workplace, _worker.stop = job, workplace, stop
     _worker.tokenizer = tokenizers_.load_tokenizer(job.tokenizer)
     # Text that spells a special token, such as <|endoftext|>, is text: data must not be able to forge boundaries.
     _worker.tokenizer.encode_special_tokens = True
@@ -265,6 +301,8 @@ def _tokenize_unit(number: int, unit: Unit) -> UnitReport:
     job, report = _worker.job, UnitReport()
     writers = {suffix: IndexedWriter(_worker.workplace / f"{number}{suffix}", _worker.dtype) for suffix in job.parts}
     for batch in _batches(read_documents(unit, job.text_key), report):
+        if _worker.stop.is_set():
+            break
         encodings = _worker.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         for text, encoding in zip(batch, encodings, strict=True):
             suffix = "_validation" if is_held_out(text, job.holdout_fraction) else ""

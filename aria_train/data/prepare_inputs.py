@@ -108,7 +108,7 @@ def split_into_units(paths: Sequence[str], unit_bytes: int) -> list[Unit]:
         texts, size_of_texts = [], 0
 
     for path in paths:
-        size = _size(path)
+        size = size_of(path)
         kind = _kind(path)
         if kind == "text":
             texts.append(path)
@@ -144,9 +144,9 @@ def _split_parquet(path: str, unit_bytes: int) -> list[Unit]:
     try:
         metadata = pyarrow.parquet.read_metadata(path)
     except (OSError, pyarrow.ArrowException):
-        return [Unit("parquet", (path,), 0, 0, _size(path))]  # Reading it will say why.
+        return [Unit("parquet", (path,), 0, 0, size_of(path))]  # Reading it will say why.
     units, start, size = [], 0, 0
-    share = _size(path) / max(metadata.num_row_groups, 1)
+    share = size_of(path) / max(metadata.num_row_groups, 1)
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
         if size >= unit_bytes or group == metadata.num_row_groups - 1:
@@ -155,7 +155,8 @@ def _split_parquet(path: str, unit_bytes: int) -> list[Unit]:
     return units
 
 
-def _size(path: str) -> int:
+def size_of(path: str) -> int:
+    """Bytes of a file; 0 if it cannot be looked at, which reading it will report."""
     try:
         return os.path.getsize(path)
     except OSError:

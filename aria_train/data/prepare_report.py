@@ -6,9 +6,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from aria_train.data.prepare import SkipReport
@@ -45,9 +46,11 @@ class Progress:
 def print_report(prefix: str, metadata: dict[str, dict[str, Any]], skips: SkipReport, characters: int) -> None:
     """One row per corpus, then one per reason for skipping."""
     console = Console()
-    made = Table("corpus", "documents", "tokens", "dtype", title="prepared", title_justify="left")
+    made = Table(
+        Column("corpus", overflow="fold"), "documents", "tokens", "dtype", title="prepared", title_justify="left"
+    )
     for suffix, entry in metadata.items():
-        made.add_row(f"{prefix}{suffix}", f"{entry['documents']:,}", f"{entry['tokens']:,}", entry["dtype"])
+        made.add_row(escape(f"{prefix}{suffix}"), f"{entry['documents']:,}", f"{entry['tokens']:,}", entry["dtype"])
     console.print(made)
     tokens = sum(entry["tokens"] for entry in metadata.values())
     console.print(f"{characters:,} characters, {characters / max(tokens, 1):.2f} per token")
@@ -55,10 +58,13 @@ def print_report(prefix: str, metadata: dict[str, dict[str, Any]], skips: SkipRe
 
 
 def print_skipped(console: Console, skips: SkipReport) -> None:
-    """The reasons, how often each occurred, and the first places."""
+    """The reasons and how often each occurred, then the first places of each, uncut however long."""
     if not skips.counts:
         return
-    table = Table("reason", "documents", "for example", title="skipped", title_justify="left")
+    table = Table("reason", "documents", title="skipped", title_justify="left")
     for reason, count in skips.counts.most_common():
-        table.add_row(reason, f"{count:,}", "\n".join(skips.examples[reason]))
+        table.add_row(escape(reason), f"{count:,}")
     console.print(table)
+    for reason, examples in skips.examples.items():
+        for example in examples:
+            console.print(f"  {reason}: {example}", markup=False, highlight=False, soft_wrap=True)
