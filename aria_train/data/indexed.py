@@ -170,6 +170,9 @@ class IndexedCorpus:
             return self._read_sequence(first)[start:stop]
         if last <= first:
             return np.empty(0, self.dtype)
+        lengths, pointers = self.lengths[first:last].astype(np.int64), self.pointers[first:last]
+        if bool((np.diff(pointers) == lengths[:-1] * self.dtype.itemsize).all()):  # End to end, as writers do.
+            return self._read_bytes(int(pointers[0]), int(lengths.sum()), first)[start:stop]
         return np.concatenate([self._read_sequence(sequence) for sequence in range(first, last)])[start:stop]
 
     def document_modes(self, document: int) -> NDArray[np.int8] | None:
@@ -179,8 +182,10 @@ class IndexedCorpus:
         return self.modes[self.document_indices[document] : self.document_indices[document + 1]]
 
     def _read_sequence(self, sequence: int) -> NDArray:
-        begin = int(self.pointers[sequence])
-        end = begin + int(self.lengths[sequence]) * self.dtype.itemsize
+        return self._read_bytes(int(self.pointers[sequence]), int(self.lengths[sequence]), sequence)
+
+    def _read_bytes(self, begin: int, length: int, sequence: int) -> NDArray:
+        end = begin + length * self.dtype.itemsize
         if not 0 <= begin <= end <= len(self._bytes):
             self._refuse_sequence(sequence)
         return self._bytes[begin:end].view(self.dtype)

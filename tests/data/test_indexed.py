@@ -33,6 +33,19 @@ def test_part_of_a_document_of_many_sequences(tmp_path: Path) -> None:
     assert corpus.read(0, 8).tolist() == [8, 9]
 
 
+def test_sequences_need_not_lie_in_order(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "a", np.int32) as writer:
+        writer.add_document(range(6), [2, 2, 2])
+        writer.finish()
+    raw = bytearray((tmp_path / "a.idx").read_bytes())
+    pointers = HEADER_BYTES + 4 * 3
+    raw[pointers : pointers + 16] = np.array([8, 0], np.int64).tobytes()
+    (tmp_path / "a.idx").write_bytes(raw)
+    corpus = IndexedCorpus(tmp_path / "a")
+    corpus.verify()
+    assert corpus.read(0).tolist() == [2, 3, 0, 1, 4, 5]
+
+
 def test_corpora_append(tmp_path: Path) -> None:
     parts = [IndexedCorpus(write_corpus(tmp_path / str(number), DOCUMENTS)) for number in range(3)]
     with IndexedWriter(tmp_path / "all", np.uint16) as writer:
