@@ -117,8 +117,7 @@ def _match(folder: Path, shapes: Mapping[str, Shape], unused: Mapping[str, Shape
     ]
     if problems:
         raise CheckpointError(
-            f"{folder}: its tensors are not those of the model. {'; '.join(problems)}. "
-            f"Nothing was imported."
+            f"{folder}: its tensors are not those of the model. {'; '.join(problems)}. Nothing was imported."
         )
     return matched
 
