@@ -82,3 +82,11 @@ def build_meshes(config: ParallelConfig, device: torch.device) -> Meshes:
         expert_data = mesh["replicate", "zero"]
         dense_data = init_device_mesh(device.type, (replicas, group), mesh_dim_names=("replicate", "dense"))
     return Meshes(device, dist.get_rank(), world, mesh["expert"], expert_data, dense_data, replicas)
+
+
+def release(meshes: Meshes) -> None:
+    """Ends the process groups of meshes that are used no more; the default group lives on. Collective."""
+    groups = [g for mesh in (meshes.expert, meshes.expert_data, meshes.dense_data) for g in mesh.get_all_groups()]
+    for group in dict.fromkeys(groups):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
