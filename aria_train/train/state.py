@@ -126,6 +126,7 @@ def _binding(config: dict[str, Any]) -> dict[str, Any]:
             if key == "preset" or key in free:
                 continue
             if section == "data" and key == "train":
-                value = {source["name"]: source["weight"] for source in value}
+                # In order: it decides which window of the run is whose.
+                value = [(source["name"], source["weight"]) for source in value]
             flat[f"{section}.{key}"] = value
     return flat
