@@ -47,10 +47,29 @@ def _build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help="the stage's YAML file")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
     train.set_defaults(run=_train)
+    _register_curriculum(subparsers)
     data_commands.register(subparsers)
     _register_weights(subparsers)
     _register_generate(subparsers)
     return parser
+
+
+def _register_curriculum(subparsers: Any) -> None:
+    curriculum = subparsers.add_parser(
+        "curriculum",
+        help="train stages in order, each from the weights of the one before",
+        description="Trains stages in order, each from the final weights of the one before it. All are checked before "
+        "the first starts. Run it alone or under torchrun; started again, it goes on where it stopped.",
+    )
+    curriculum.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="CONFIG | section.key=value",
+        help="the stages' YAML files in order, and values that win over those of every file; train.run_dir=ROOT puts "
+        "the stages into ROOT, one folder each, named as its YAML",
+    )
+    curriculum.add_argument("--dry-run", action="store_true", help="show the plan and what is missing; train nothing")
+    curriculum.set_defaults(run=_command("aria_train.stages.curriculum", "run_curriculum"))
 
 
 def _register_weights(subparsers: Any) -> None:
