@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build_parser() -> argparse.ArgumentParser:
     from aria_train.data import commands as data_commands
+    from aria_train.eval import commands as eval_commands
 
     parser = argparse.ArgumentParser(
         prog="aria-train",
@@ -50,7 +51,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _register_curriculum(subparsers)
     data_commands.register(subparsers)
     _register_weights(subparsers)
-    _register_generate(subparsers)
+    eval_commands.register(subparsers)
     return parser
 
 
@@ -84,18 +85,6 @@ def _register_weights(subparsers: Any) -> None:
     store.add_argument("hf_dir", metavar="HF_DIR", help="new folder, which transformers loads")
     store.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     store.set_defaults(run=_command("aria_train.stages.weights", "run_export"))
-
-
-def _register_generate(subparsers: Any) -> None:
-    generate = subparsers.add_parser("generate", help="continue a prompt with a trained model")
-    generate.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or run directory")
-    generate.add_argument("--prompt", required=True, help="the text to continue")
-    generate.add_argument("--tokenizer", help="tokenizer folder (default: the one the checkpoint's run named)")
-    generate.add_argument("--max-new-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.set_defaults(run=_command("aria_train.eval.commands", "run_generate"))
 
 
 def _command(module: str, function: str) -> Callable[[argparse.Namespace], None]:

@@ -1,48 +1,46 @@
-"""The commands that look at a trained model."""
+"""The commands that look at a trained model. Only argparse is imported until one runs."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterable, Iterator
-
-import tokenizers
-import torch
-
-from aria_train.data.tokenizer import load_tokenizer
-from aria_train.errors import ConfigError
-from aria_train.eval.generate import generate
-from aria_train.train.state import load_model
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 
-def run_generate(args: argparse.Namespace) -> None:
-    """`aria-train generate`: prints the continuation as it comes."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, config = load_model(args.checkpoint, device, dtype)
-    folder = args.tokenizer or config.data.tokenizer
-    if folder is None:
-        raise ConfigError("the checkpoint's run names no tokenizer; give one with --tokenizer FOLDER.")
-    tokenizer = load_tokenizer(folder)
-    prompt = torch.tensor(tokenizer.encode(args.prompt, add_special_tokens=False).ids)
-    if not prompt.numel():
-        raise ConfigError("--prompt is empty; give at least one character to continue.")
-    options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    stop = {config.model.eos_token_id}
-    tokens = generate(model, prompt, max_new_tokens=args.max_new_tokens, stop=stop, **options)
-    for text in decode_stream(tokenizer, tokens):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+def register(subparsers: Any) -> None:
+    """Adds `generate` to the command line's `add_subparsers` object."""
+    _register_generate(subparsers)
 
 
-def decode_stream(tokenizer: tokenizers.Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Text as tokens come; a character spread over several tokens is held back until it is whole."""
-    ids: list[int] = []
-    shown = ""
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(shown) :]
-            shown = text
+def _register_generate(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a prompt with a trained model",
+        description="Continues a prompt of text and images, as it comes. An image stands where the prompt says "
+        "<|img|>; without any, the images come before the text.",
+    )
+    _add_checkpoint(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="size class (default: by each image's size)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn: the model answers it")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most to generate (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest tokens only")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
+    parser.set_defaults(run=_command("aria_train.eval.terminal", "run_generate"))
+
+
+def _add_checkpoint(parser: Any) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or run directory")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer (default: the one the checkpoint's run named)")
+
+
+def _command(module: str, function: str) -> Callable[[argparse.Namespace], None]:
+    """A command whose module is imported when it runs."""
+
+    def run(args: argparse.Namespace) -> None:
+        getattr(importlib.import_module(module), function)(args)
+
+    return run

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from aria_train.batch import IGNORE_LABEL, ImageBatch, MicroBatch
 from aria_train.config import ModelConfig, Part
 from aria_train.errors import DataError
-from aria_train.model.decoder import Cache, DecoderLayer, Documents, RMSNorm
+from aria_train.model.cache import Cache
+from aria_train.model.decoder import DecoderLayer, Documents, RMSNorm
 from aria_train.model.init import initialise
 from aria_train.model.loss import linear_cross_entropy
 from aria_train.model.projector import Projector
@@ -87,7 +88,7 @@ class AriaModel(nn.Module):
     def hidden_states(self, batch: MicroBatch, cache: Cache | None = None) -> tuple[Tensor, RouterStats]:
         """Final normalised hidden states [T, H], and routing statistics of all layers.
 
-        With a cache the batch is one document that goes on where the cache ends.
+        With a cache the batch's documents go on where the cache's end.
         """
         x_TH = self.embed(batch.token_ids)
         if self.vision is not None and self.projector is not None:
@@ -113,6 +114,12 @@ class AriaModel(nn.Module):
                 f"become {visual_tokens.shape[0]} visual tokens. Each image needs as many as its size class says."
             )
         return x_TH.index_copy(0, places, visual_tokens.to(x_TH.dtype))
+
+    def target_logits(self, batch: MicroBatch, cache: Cache | None = None) -> Tensor:
+        """Logits at the batch's target positions alone, for evaluation and generation: float32 [N, V]."""
+        hidden_TH, _ = self.hidden_states(batch, cache)
+        assert batch.target_positions is not None
+        return F.linear(hidden_TH.index_select(0, batch.target_positions), self.head.weight).float()
 
     def logits(self, token_ids: Tensor, images: list[Tensor] | None = None) -> Tensor:
         """Logits of every position, for evaluation: token ids int64 [B, S] -> float32 [B, S, V].

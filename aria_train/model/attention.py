@@ -26,21 +26,24 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_leng
     return torch.cat([_dense(q[s], k[s], v[s], causal) for s in spans])
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One document that goes on: the new positions, [T, heads, d], look at all of [past + T, kv_heads, d] up to
-    themselves."""
-    new, total = q.shape[0], k.shape[0]
-    if new in (1, total):
-        return _dense(q, k, v, causal=new == total and new > 1)
-    mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)
-    return _dense(q, k, v, causal=False, mask=mask)
+def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """One query per document over all that its document has so far.
+
+    q: [B, heads, d]; keys, values: [B, L, kv_heads, d], of which document i has the first lengths[i] (int64 [B]).
+    Returns [B, heads, d].
+    """
+    mask = torch.arange(keys.shape[1], device=q.device) < lengths[:, None]
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=mask[:, None, None], enable_gqa=grouped)
+    return out.squeeze(2)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """One document through PyTorch's own kernel, which never holds the T x T scores."""
     grouped = q.shape[1] != k.shape[1]
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1)
 
 

@@ -13,34 +13,11 @@ from torch import Tensor, nn
 
 from aria_train.batch import MicroBatch
 from aria_train.config import ModelConfig
-from aria_train.model.attention import cached_attention, document_attention
+from aria_train.model.attention import document_attention
+from aria_train.model.cache import Cache
 from aria_train.model.rope import apply_rope, rope_tables
 from aria_train.moe.layer import MoELayer
 from aria_train.moe.router import RouterStats
-
-
-@dataclass
-class Cache:
-    """Keys and values of one document so far, layer by layer, for generation."""
-
-    keys: list[Tensor]
-    """per layer [past, kv heads, D]"""
-    values: list[Tensor]
-
-    @classmethod
-    def empty(cls, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Cache:
-        shape = (0, config.num_kv_heads, config.head_dim)
-        return cls(*([torch.empty(shape, device=device, dtype=dtype)] * config.num_layers for _ in range(2)))
-
-    @property
-    def length(self) -> int:
-        return self.keys[0].shape[0]
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends a layer's new keys and values, [new, kv heads, D] each; returns all of them."""
-        self.keys[layer] = torch.cat([self.keys[layer], k])
-        self.values[layer] = torch.cat([self.values[layer], v])
-        return self.keys[layer], self.values[layer]
 
 
 @dataclass
@@ -58,7 +35,7 @@ class Documents:
 
     @classmethod
     def build(cls, batch: MicroBatch, head_dim: int, rope_base: float, cache: Cache | None = None) -> Documents:
-        positions = batch.position_ids() + (cache.length if cache is not None else 0)
+        positions = batch.position_ids() if cache is None else cache.place(batch.starts)
         cos, sin = rope_tables(positions, head_dim, rope_base)
         return cls(batch.starts, batch.max_document, cos, sin, cache)
 
@@ -89,10 +66,11 @@ class Attention(nn.Module):
     def forward(self, x_TH: Tensor, documents: Documents) -> Tensor:
         q, k, v = (project(x_TH).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
         q, k = apply_rope(q, documents.cos, documents.sin), apply_rope(k, documents.cos, documents.sin)
+        starts, max_length = documents.starts, documents.max_length
         if documents.cache is None:
-            mixed_TND = document_attention(q, k, v, documents.starts, documents.max_length, causal=True)
+            mixed_TND = document_attention(q, k, v, starts, max_length, causal=True)
         else:
-            mixed_TND = cached_attention(q, *documents.cache.extend(documents.layer, k, v))
+            mixed_TND = documents.cache.attend(documents.layer, q, k, v, starts, max_length)
         out: Tensor = self.o(mixed_TND.flatten(1))
         return out
 

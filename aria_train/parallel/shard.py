@@ -51,7 +51,8 @@ def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
         fully_shard(model.vision, **dense)
         fully_shard(model.projector, **dense)
     fully_shard(model, **dense)
-    register_fsdp_forward_method(model, "logits")
+    for method in ("logits", "target_logits"):
+        register_fsdp_forward_method(model, method)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from aria_train.config import RunConfig
 from aria_train.errors import CheckpointError
 from aria_train.model import AriaModel
 from aria_train.parallel import checkpoint
-from aria_train.parallel.checkpoint import Manifest
+from aria_train.parallel.checkpoint import Folder, Manifest
 
 
 @dataclass
@@ -43,7 +42,7 @@ class TrainState:
                 tensors[f"optimizer.{name}.exp_avg_sq"] = state["exp_avg_sq"]
         return tensors
 
-    def save(self, config: RunConfig, folder: Path) -> None:
+    def save(self, config: RunConfig, folder: Folder) -> None:
         """Publishes a checkpoint of this state. Collective."""
         world = torch.distributed.get_world_size()
         manifest = Manifest(
@@ -56,23 +55,12 @@ class TrainState:
         )
         checkpoint.save(folder, self.tensors(), manifest)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Folder) -> None:
         """Takes over everything from a checkpoint of the same run, at any layout. Collective."""
         self.step = checkpoint.read_manifest(folder).step
         checkpoint.load(folder, self.tensors())
         for state in self.optimizer.state.values():
             state["step"].fill_(float(self.step))
-
-
-def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[AriaModel, RunConfig]:
-    """The whole model of a checkpoint (or of a run directory's newest) on one device, and the configuration it had."""
-    folder = checkpoint.resolve(path)
-    config = RunConfig.model_validate(checkpoint.read_manifest(folder).config)
-    with torch.device("meta"):
-        model = AriaModel(config.model)
-    model.to_empty(device=device)
-    checkpoint.load(folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-    return model.to(dtype), config
 
 
 # What may differ between the run that saved and the run that goes on: layout, speed, logging, length. All else fixes
@@ -89,7 +77,7 @@ _FREE = {
 }  # fmt: skip
 
 
-def check_resumable(config: RunConfig, sources: dict[str, int], folder: Path) -> None:
+def check_resumable(config: RunConfig, sources: dict[str, int], folder: Folder) -> None:
     """Refuses to go on from a checkpoint under a configuration that would make another run of it."""
     manifest = checkpoint.read_manifest(folder)
     before, now = _binding(manifest.config), _binding(config.model_dump(mode="json"))
