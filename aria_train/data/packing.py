@@ -8,6 +8,7 @@ document. Best fit, longest first, leaves far less than 1% of the positions empt
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import fcntl
 import json
@@ -112,21 +113,22 @@ class _OpenBins:
     def __init__(self, capacity: int, smallest: int) -> None:
         self.capacity, self.smallest, self.total = capacity, smallest, 0
         self.groups: list[list[NDArray[np.int64]]] = [[] for _ in range(capacity + 1)]
-        self.sizes = np.zeros(capacity + 1, np.int64)
+        self.rooms: list[int] = []
+        """Rooms that some bin has, ascending."""
 
     def place(self, bin_of: NDArray[np.int64], at: int, count: int, length: int) -> int:
         """Puts items at:at + count, all of one length, into the tightest bins, then into new ones."""
-        rooms = length + np.flatnonzero(self.sizes[length:])
-        if len(rooms):
-            reach = np.cumsum(self.sizes[rooms] * (rooms // length))
-            needed = int(np.searchsorted(reach, count)) + 1
-            for room in rooms[:needed].tolist():
-                at, count = self._fill(bin_of, at, count, length, room, self._take(room))
-        if count:
-            fresh = -(-count // (self.capacity // length))
-            bins = np.arange(self.total, self.total + fresh)
-            self.total += fresh
-            at, count = self._fill(bin_of, at, count, length, self.capacity, bins)
+        while count:
+            tightest = bisect.bisect_left(self.rooms, length)
+            if tightest < len(self.rooms):
+                room = self.rooms.pop(tightest)
+                group, self.groups[room] = self.groups[room], []
+                bins = group[0] if len(group) == 1 else np.concatenate(group)
+            else:
+                room, fresh = self.capacity, -(-count // (self.capacity // length))
+                bins = np.arange(self.total, self.total + fresh)
+                self.total += fresh
+            at, count = self._fill(bin_of, at, count, length, room, bins)
         return at
 
     def _fill(
@@ -144,14 +146,11 @@ class _OpenBins:
         self._put(room, bins[full:])
         return at + placed, count - placed
 
-    def _take(self, room: int) -> NDArray[np.int64]:
-        group, self.groups[room], self.sizes[room] = self.groups[room], [], 0
-        return group[0] if len(group) == 1 else np.concatenate(group)
-
     def _put(self, room: int, bins: NDArray[np.int64]) -> None:
         if len(bins) and room >= self.smallest:
+            if not self.groups[room]:
+                bisect.insort(self.rooms, room)
             self.groups[room].append(bins)
-            self.sizes[room] += len(bins)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def _metadata(
 ) -> dict[str, Any]:
     return {
         "kind": "text",
-        "tokenizer": str(job.tokenizer),
+        "tokenizer": os.path.abspath(job.tokenizer),
         "tokenizer_sha256": tokenizers_.tokenizer_hash(job.tokenizer),
         "vocabulary_size": tokenizers_.vocabulary_size(tokenizer),
         "end_of_document_id": tokenizers_.end_of_document_id(job.tokenizer, tokenizer),
