@@ -25,7 +25,7 @@ class Loaded:
     config: RunConfig
     """Of the run that wrote the checkpoint, but `parallel` is the layout now."""
     meshes: Meshes
-    folder: Path
+    folder: checkpoint.Folder
     """The checkpoint's."""
 
     @property
@@ -57,7 +57,7 @@ def load_for_eval(path: str | Path) -> Loaded:
     return Loaded(model.eval(), config, meshes, folder)
 
 
-def load_model(folder: Path, config: RunConfig, device: torch.device) -> AriaModel:
+def load_model(folder: checkpoint.Folder, config: RunConfig, device: torch.device) -> AriaModel:
     """The whole model of a checkpoint on one device."""
     with torch.device("meta"):
         model = AriaModel(config.model)
@@ -67,7 +67,7 @@ def load_model(folder: Path, config: RunConfig, device: torch.device) -> AriaMod
     return model
 
 
-def _fill(model: AriaModel, folder: Path) -> None:
+def _fill(model: AriaModel, folder: checkpoint.Folder) -> None:
     checkpoint.load(folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def sum_over_ranks(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -22,3 +25,21 @@ def all_ranks(condition: bool, device: torch.device) -> bool:
     flag = torch.tensor([0.0 if condition else 1.0], device=device)
     dist.all_reduce(flag)
     return flag.item() == 0
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in order of rank; just this one without a process group."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def broadcast_object(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What the first rank of the group makes, on all of them; also where the others would see something else."""
+    if not dist.is_initialized():
+        return make()
+    box = [make() if dist.get_rank(group) == 0 else None]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return cast(T, box[0])

@@ -7,7 +7,6 @@ stage, a SigLIP encoder, or fresh random values. A part is random only where the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ def fill_weights(model: AriaModel, config: RunConfig) -> list[str]:
     return list(_table(parts, origin, config))
 
 
-def _load_parts(folder: Path, parts: dict[Part, dict[str, Tensor]]) -> None:
+def _load_parts(folder: checkpoint.Folder, parts: dict[Part, dict[str, Tensor]]) -> None:
     """Loads whole parts. A part the checkpoint lacks altogether gets an error that names the ways out."""
     stored = {
         part_of(name.removeprefix("model.")) for name in checkpoint.stored_shapes(folder) if name.startswith("model.")

@@ -48,7 +48,7 @@ class Trainer:
         self.meshes = build_meshes(config.parallel, self.device)
         self.is_main = self.meshes.rank == 0
         self.console = Console(config.total_steps, enabled=self.is_main)
-        newest, self.torn = checkpoint.latest(self.run_dir)
+        newest, self.torn = checkpoint.newest_intact(self.run_dir)
         start_step = checkpoint.read_manifest(newest).step if newest is not None else 0
         self.loader = Loader(config, self.meshes.rank, self.meshes.world_size, start_step)
         self.state = self._build_state()
@@ -150,7 +150,7 @@ class Trainer:
     def _windows_per_epoch(self) -> dict[str, int]:
         return {source.name: source.num_windows for source in self.loader.sources}
 
-    def _fill_state(self, newest: Path | None) -> None:
+    def _fill_state(self, newest: checkpoint.Folder | None) -> None:
         """Goes on from the newest complete checkpoint of the run directory; else starts from weights or from noise."""
         config = self.config
         for sentence in self.torn:

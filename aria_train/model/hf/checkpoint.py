@@ -35,6 +35,8 @@ from torch.distributed.checkpoint.planner import (
 
 from aria_train.errors import CheckpointError
 from aria_train.model.hf.tensors import Progress, PublishedTensors, TensorSink, row_pieces
+from aria_train.parallel.checkpoint import Folder
+from aria_train.parallel.checkpoint import reader as checkpoint_reader
 
 
 def write_distributed(
@@ -50,12 +52,14 @@ def write_distributed(
     _unwrapped(dcp.save, storage_writer=writer, planner=_Saver(source, dtype, prefix, progress))
 
 
-def read_distributed(folder: Path, sink: TensorSink, prefix: str = "model.", progress: Progress | None = None) -> None:
+def read_distributed(
+    folder: Folder, sink: TensorSink, prefix: str = "model.", progress: Progress | None = None
+) -> None:
     """Feeds the tensors of a distributed checkpoint whose names begin with `prefix` to a sink.
 
     Pieces have the sizes they were saved in. Raises CheckpointError where names or shapes are not the model's.
     """
-    reader = dcp.FileSystemReader(folder)
+    reader = checkpoint_reader(folder)
     stored = reader.read_metadata().state_dict_metadata
     for name, tensor in stored.items():
         ours = name.removeprefix(prefix)
