@@ -156,6 +156,19 @@ class SourceConfig(Section):
     """Text: path prefix of a `.bin`/`.idx` pair (or a list, or a folder of pairs). Multimodal: a prepared folder."""
     weight: Annotated[Number, Field(gt=0)] = 1.0
     """Share of windows, relative to the other sources of the blend."""
+    min_tokens: Positive | None = None
+    """Only documents or samples of at least so many tokens are read."""
+    max_tokens: Positive | None = None
+    """Only documents or samples of at most so many tokens are read."""
+    concatenate: Positive | Literal["window"] | None = None
+    """Captioned images only: so many of them, or as many as fit a window, become one long sequence, first all images
+    and then all captions."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SourceConfig:
+        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
+        return self
 
 
 class DataConfig(Section):

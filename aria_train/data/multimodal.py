@@ -22,8 +22,9 @@ from aria_train.batch import IGNORE_LABEL
 from aria_train.config import ModelConfig, RunConfig, SourceConfig
 from aria_train.data import images
 from aria_train.data.images import BadImage, ProcessedImage
-from aria_train.data.multimodal_store import Placement, Reader, Sample
+from aria_train.data.multimodal_store import Placement, Sample
 from aria_train.data.packing import PLAN_VERSION, PackingPlan, PackingStats, cached_plan, pack
+from aria_train.data.views import SampleReader, open_reader
 from aria_train.data.window import Window
 from aria_train.errors import DataError
 
@@ -41,7 +42,7 @@ class MultimodalSource:
         self._context_length, self._model = config.train.context_length, config.model
         path = source.path if isinstance(source.path, str) else source.path[0]
         try:
-            self.reader = Reader(Path(path))
+            self.reader = open_reader(source, Path(path), self._context_length, config.train.seed)
             check_fits(self.reader, self._model)
             self.plan = self._plan(config)
         except DataError as error:
@@ -156,7 +157,7 @@ class MultimodalSource:
         )
 
 
-def plan_samples(reader: Reader, context_length: int, seed: int) -> PackingPlan:
+def plan_samples(reader: SampleReader, context_length: int, seed: int) -> PackingPlan:
     """Packs the samples of a corpus into windows of `context_length` positions; those that cannot fit have no piece."""
     positions = reader.lengths().astype(np.int64) - 1
     fits = positions <= context_length
@@ -187,7 +188,7 @@ def _kept_whole(placements: list[Placement]) -> list[tuple[int, int]]:
     return [(placement.start - 1, placement.end + 1) for placement in placements]
 
 
-def check_fits(reader: Reader, model: ModelConfig) -> None:
+def check_fits(reader: SampleReader, model: ModelConfig) -> None:
     """What was settled when a corpus was prepared must be what the model expects. Raises DataError."""
     meta, folder = reader.meta, reader.folder
     if meta["largest_token_id"] >= model.vocab_size:

@@ -132,6 +132,7 @@ def _common_metadata(recipe: Recipe, holdout_fraction: float, skips: SkipReport)
         "tokenizer": str(recipe.tokenizer),
         "tokenizer_sha256": tokenizer.tokenizer_hash(recipe.tokenizer),
         "vocabulary_size": tokenizer.vocabulary_size(tokenizer.load_tokenizer(recipe.tokenizer)),
+        "newline_ids": tokenizer.load_tokenizer(recipe.tokenizer).encode("\n", add_special_tokens=False).ids,
         "image_token_id": recipe.model.image_token_id,
         "image_sizes": {str(size): queries for size, queries in vision.image_sizes.items()} if vision else {},
         "image_size": recipe.image_size,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from aria_train.config import ModelConfig, RunConfig, SourceConfig
 from aria_train.data.indexed import IndexedCorpus, strip_suffix
 from aria_train.data.packing import PLAN_VERSION, PackingPlan, cached_plan, plan_documents
+from aria_train.data.views import chosen
 from aria_train.data.window import Source, Window
 from aria_train.errors import DataError
 
@@ -36,6 +37,8 @@ def open_source(source: SourceConfig, config: RunConfig) -> Source:
             seed=config.train.seed,
             model=config.model,
             fallback=Path(config.train.run_dir) / "packing",
+            min_tokens=source.min_tokens,
+            max_tokens=source.max_tokens,
         )
     except DataError as error:
         raise DataError(f"source {source.name!r}: {error}") from None
@@ -72,8 +75,11 @@ class TextSource:
         seed: int,
         model: ModelConfig,
         fallback: Path | None = None,
+        min_tokens: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         self.name, self._context_length, self._model = name, context_length, model
+        self._bounds = min_tokens, max_tokens
         self.corpora = [IndexedCorpus(prefix) for prefix in prefixes]
         self._first_document = np.cumsum([0, *(corpus.num_documents for corpus in self.corpora)]).tolist()
         for corpus in self.corpora:
@@ -84,13 +90,14 @@ class TextSource:
         self.num_windows = len(self.plan.starts) - 1
         if not self.num_windows:
             raise DataError(
-                f"{first.prefix}: holds {self.plan.stats.documents:,} documents, none of them with two tokens or more, "
-                "so there is nothing to train on. Check what the corpus was prepared from."
+                f"{first.prefix}: holds {self.plan.stats.documents:,} documents, none of them with two tokens or more"
+                f"{self._describe_bounds()}, so there is nothing to train on. Check what the corpus was prepared from."
             )
 
     def _plan_key(self, seed: int) -> str:
         """Names the plan after all it depends on: another corpus, length or seed is another plan."""
         parts: list[object] = [PLAN_VERSION, self._context_length, seed]
+        parts += [list(self._bounds)] if any(self._bounds) else []
         for corpus in self.corpora:
             index, tokens = corpus.idx_path.stat(), corpus.bin_path.stat()
             parts.append([corpus.idx_path.name, index.st_size, index.st_mtime_ns, tokens.st_size])
@@ -100,7 +107,12 @@ class TextSource:
         for corpus in self.corpora:
             corpus.verify()
         lengths = np.concatenate([corpus.document_lengths() for corpus in self.corpora])
-        return plan_documents(lengths, self._context_length, seed)
+        # A document that is not chosen is packed like one without tokens: not at all.
+        return plan_documents(np.where(chosen(lengths, *self._bounds), lengths, 0), self._context_length, seed)
+
+    def _describe_bounds(self) -> str:
+        given = zip(("min_tokens", "max_tokens"), self._bounds)
+        return "".join(f" and {name} {bound:,}" for name, bound in given if bound is not None)
 
     def read(self, position: int) -> Window:
         assert 0 <= position < self.num_windows, f"window {position} of {self.num_windows}"
