@@ -16,6 +16,7 @@ def register(subparsers: Any) -> None:
     commands = data.add_subparsers(required=True, metavar="COMMAND")
     _register_tokenizer(commands)
     _register_prepare(commands)
+    _register_concatenate(commands)
     _register_inspect(commands)
 
 
@@ -114,6 +115,24 @@ def _add_reading_options(parser: Any) -> None:
     )
 
 
+def _register_concatenate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "concatenate",
+        help="join captioned images into long sequences",
+        description="Makes long multimodal sequences out of a corpus of captioned images (--format captions): several "
+        "images, then all their captions. A source with `concatenate` does the same while training.",
+    )
+    parser.add_argument("output", metavar="FOLDER", help="corpus to write")
+    parser.add_argument("corpus", metavar="CORPUS", help="prepared folder of captioned images")
+    parser.add_argument("--samples", type=int, metavar="N", help="images per sequence (default: as many as fit)")
+    parser.add_argument(
+        "--context-length", type=int, default=65536, metavar="N", help="tokens of a window (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which images come together (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
+    parser.set_defaults(run=_concatenate)
+
+
 def _register_inspect(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
@@ -154,6 +173,12 @@ def _prepare(args: argparse.Namespace) -> None:
         from aria_train.data import prepare_multimodal
 
         prepare_multimodal.prepare(args)
+
+
+def _concatenate(args: argparse.Namespace) -> None:
+    from aria_train.data import prepare_long
+
+    prepare_long.concatenate(args)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -29,6 +29,11 @@ def open_source(source: SourceConfig, config: RunConfig) -> Source:
         from aria_train.data.multimodal import MultimodalSource
 
         return MultimodalSource(source, config)
+    if source.concatenate is not None:
+        raise DataError(
+            f"source {source.name!r}: {paths[0]}: `concatenate` joins captioned images, and this is no multimodal "
+            "corpus. Prepare one with `aria-train data prepare --format captions`."
+        )
     try:
         return TextSource(
             source.name,
