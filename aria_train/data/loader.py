@@ -79,6 +79,14 @@ class Loader:
         """The sources of the blend; `MicroBatch.source_ids` index them."""
         return self.blend.sources
 
+    def epochs(self, step: int) -> dict[str, float]:
+        """`epochs/<source>`: how often each source has been gone through in the first `step` steps of the run."""
+        windows = step * self.global_batch_size
+        return {
+            f"epochs/{source.name}": self.blend.mixture.count(index, windows) / source.num_windows
+            for index, source in enumerate(self.sources)
+        }
+
     def _first_windows(self, step: int) -> Iterator[int]:
         """First window of each of this rank's micro-batches, from the given step on."""
         for current in itertools.count(step):

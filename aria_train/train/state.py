@@ -27,6 +27,8 @@ class TrainState:
     """Optimizer steps behind us."""
     sources: dict[str, int] = field(default_factory=dict)
     """Windows per epoch of every training source."""
+    taken_over: set[str] = field(default_factory=set)
+    """Parameters whose moments came from an earlier run: Adam has counted more steps for them than this run has."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every saved tensor by its global name; shards as DTensors. Creates optimizer state that is not there yet."""
@@ -40,6 +42,8 @@ class TrainState:
                     state.update(step=step, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
                 tensors[f"optimizer.{name}.exp_avg"] = state["exp_avg"]
                 tensors[f"optimizer.{name}.exp_avg_sq"] = state["exp_avg_sq"]
+                if name in self.taken_over:
+                    tensors[f"optimizer.{name}.step"] = state["step"]
         return tensors
 
     def save(self, config: RunConfig, folder: Folder) -> None:
@@ -58,9 +62,40 @@ class TrainState:
     def load(self, folder: Folder) -> None:
         """Takes over everything from a checkpoint of the same run, at any layout. Collective."""
         self.step = checkpoint.read_manifest(folder).step
+        stored = checkpoint.stored_shapes(folder)
+        self.taken_over = {name for name, _ in self._trained() if f"optimizer.{name}.step" in stored}
         checkpoint.load(folder, self.tensors())
-        for state in self.optimizer.state.values():
-            state["step"].fill_(float(self.step))
+        for name, parameter in self._trained():
+            if name not in self.taken_over:
+                self.optimizer.state[parameter]["step"].fill_(float(self.step))
+
+    def take_over_moments(self, folder: Folder) -> str:
+        """Adam's moments of an earlier run, for every trained parameter that it has them of. Collective.
+
+        Returns a sentence about them; raises CheckpointError if there are none.
+        """
+        stored = checkpoint.stored_shapes(folder)
+        self.taken_over = {name for name, _ in self._trained() if f"optimizer.{name}.exp_avg" in stored}
+        if not self.taken_over:
+            raise CheckpointError(
+                f"{folder} holds no optimizer moments of what this run trains. Set checkpoint.init_optimizer=false."
+            )
+        for name, parameter in self._trained():
+            if name in self.taken_over:
+                self.optimizer.state[parameter].setdefault("step", torch.zeros((), device=parameter.device))
+        tensors = {
+            name: tensor
+            for name, tensor in self.tensors().items()
+            if name.startswith("optimizer.") and name.removeprefix("optimizer.").rpartition(".")[0] in self.taken_over
+        }
+        checkpoint.load(folder, {name: tensor for name, tensor in tensors.items() if name in stored}, parts=())
+        steps = float(checkpoint.read_manifest(folder).step)
+        for name in tensors.keys() - stored.keys():
+            tensors[name].fill_(steps)
+        return f"Adam's moments of {len(self.taken_over)} tensors from {folder}"
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
 
 # What may differ between the run that saved and the run that goes on: layout, speed, logging, length. All else fixes
@@ -115,6 +150,6 @@ def _binding(config: dict[str, Any]) -> dict[str, Any]:
                 continue
             if section == "data" and key == "train":
                 # In order: it decides which window of the run is whose.
-                value = [(source["name"], source["weight"]) for source in value]
+                value = [{k: v for k, v in source.items() if k != "path" and v is not None} for source in value]
             flat[f"{section}.{key}"] = value
     return flat

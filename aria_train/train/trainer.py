@@ -22,7 +22,7 @@ import torch.distributed as dist
 from aria_train.batch import MicroBatch
 from aria_train.config import RunConfig, check_world, dump_config
 from aria_train.data.loader import Loader
-from aria_train.errors import CheckpointError
+from aria_train.errors import CheckpointError, ConfigError
 from aria_train.model import AriaModel
 from aria_train.model.aria import part_of
 from aria_train.parallel import checkpoint
@@ -108,6 +108,7 @@ class Trainer:
             "step": state.step,
             "tokens": state.step * config.tokens_per_step,
             **losses,
+            **self.loader.epochs(state.step),
             "grad_norm": grad_norm,
             "lr": lr,
             "tokens_per_second": config.tokens_per_step / seconds,
@@ -162,6 +163,10 @@ class Trainer:
             return
         for line in fill_weights(self.state.model, config):
             self.console.message(line)
+        if config.checkpoint.init_optimizer:
+            if config.checkpoint.init_from is None:
+                raise ConfigError("checkpoint.init_optimizer is true, but checkpoint.init_from names no checkpoint.")
+            self.console.message(self.state.take_over_moments(checkpoint.resolve(config.checkpoint.init_from)))
 
     def _report(self, metrics: dict[str, Any]) -> None:
         self.console.update(metrics)
@@ -171,6 +176,7 @@ class Trainer:
     def _evaluate(self) -> None:
         if not self.config.train.eval_interval_steps or not self.config.data.validation:
             return
+        self.state.model.rope_base = self.config.rope_base_at(self.state.step * self.config.tokens_per_step)
         losses = evaluate_loss(self.state.model, self.config, self.meshes)
         self.console.message(
             f"step {self.state.step}: held-out loss " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items())
