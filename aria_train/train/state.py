@@ -80,9 +80,6 @@ class TrainState:
             raise CheckpointError(
                 f"{folder} holds no optimizer moments of what this run trains. Set checkpoint.init_optimizer=false."
             )
-        for name, parameter in self._trained():
-            if name in self.taken_over:
-                self.optimizer.state[parameter].setdefault("step", torch.zeros((), device=parameter.device))
         tensors = {
             name: tensor
             for name, tensor in self.tensors().items()
