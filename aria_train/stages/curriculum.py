@@ -1,0 +1,92 @@
+"""`aria-train curriculum`: stages in order, each starting from what the one before it learned.
+
+    files -> stages -> checks of all of them -> for every stage that is not finished: train -> release its memory
+
+The run directories are the whole state. A stage is finished when the checkpoint of its last step is complete; so the
+same command, run again after any interruption, goes on in the right stage at the right step. All stages run in one
+process group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from aria_train.config import RunConfig
+from aria_train.errors import ConfigError
+from aria_train.parallel.job import orderly_end
+from aria_train.parallel.mesh import release
+from aria_train.stages.checks import Report, check, check_ranks
+from aria_train.stages.plan import print_plan
+from aria_train.stages.stage import Stage, load_stages, run_root, split_arguments
+from aria_train.stages.timeline import write_timeline
+from aria_train.train.trainer import Trainer
+
+
+def run_curriculum(args: argparse.Namespace) -> None:
+    """Trains the stages, or with `--dry-run` shows what would be done."""
+    paths, overrides = split_arguments(args.arguments)
+    if not paths:
+        raise ConfigError("command line: no stage given; name the stages' YAML files in order.")
+    stages = load_stages(paths, overrides)
+    report = check(stages)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if args.dry_run:
+        if is_main:
+            print_plan(stages, report)
+        _refuse(stages, report.problems)
+        return
+    _refuse(stages, [*check_ranks(stages), *report.problems, *report.absent])
+    if is_main:
+        print_plan(stages, report)
+    train_stages(stages, is_main)
+
+
+def train_stages(stages: Sequence[Stage], is_main: bool) -> None:
+    """Trains every stage that is not finished, in order, and keeps the timeline."""
+    with orderly_end():
+        try:
+            for number, stage in enumerate(stages, 1):
+                if stage.is_finished:
+                    continue
+                if is_main:
+                    write_timeline(stages)
+                    print(f"\nstage {number} of {len(stages)}: {stage.name}", flush=True)
+                if not train_stage(stage.config):
+                    return
+        finally:
+            if is_main:
+                write_timeline(stages)
+    if is_main:
+        print(f"\n{len(stages)} stages complete in {run_root(stages)}; their timeline: timeline.png, timeline.jsonl")
+
+
+def train_stage(config: RunConfig) -> bool:
+    """Trains a stage and lets go of its memory. Returns whether it was trained to its end."""
+    trainer = Trainer(config)
+    trainer.run()
+    complete = trainer.state.step >= config.total_steps
+    meshes = trainer.meshes
+    del trainer
+    # The model, its hooks and its optimizer refer to each other.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    dist.barrier()
+    release(meshes)
+    return complete
+
+
+def _refuse(stages: Sequence[Stage], problems: Sequence[str]) -> None:
+    if problems:
+        names = " -> ".join(stage.name for stage in stages)
+        listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
+        raise ConfigError(f"{names}: this curriculum cannot be run; nothing was started.\n{listed}")
+
+
+__all__ = ["Report", "run_curriculum", "train_stages"]
