@@ -5,7 +5,6 @@ Reads headers and descriptions alone, never the data themselves, so it takes a m
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
@@ -17,7 +16,7 @@ from typing import Any
 
 from aria_train.config import SourceConfig, check_world
 from aria_train.data import multimodal, text, tokenizer
-from aria_train.data.indexed import IndexedCorpus
+from aria_train.data.indexed import IndexedCorpus, strip_suffix
 from aria_train.data.multimodal_store import META
 from aria_train.data.views import open_reader
 from aria_train.errors import CheckpointError, ConfigError, DataError, UserError
@@ -183,16 +182,33 @@ def _open_corpora(stage: Stage, report: Report) -> list[_Corpus]:
     if not stage.config.data.train:
         report.problems.append(f"{stage.name}: data.train names no source.")
     found: dict[str, _Corpus] = {}
+    lacking: dict[str, str] = {}
     for source in [*stage.config.data.train, *stage.config.data.validation]:
-        key = json.dumps(source.path)
+        key = json.dumps([source.path, source.min_tokens, source.max_tokens, source.concatenate])
         if key in found:
             continue
         try:
             found[key] = _open_corpus(source, stage)
         except DataError as error:
             found[key] = _Corpus(source.name, str(source.path))
-            report.absent.append(f"{stage.name}: source {source.name!r}: {error}")
+            sentence = f"{stage.name}: source {source.name!r}: {error}"
+            if _exists(source):
+                report.absent.append(sentence)
+            else:
+                lacking.setdefault(str(source.path), sentence)
+    if len(lacking) > 2:
+        report.absent.append(
+            f"{stage.name}: {len(lacking)} corpora do not exist: {', '.join(lacking)}. Make them with "
+            "`aria-train data prepare`, or give the paths they have."
+        )
+    else:
+        report.absent += lacking.values()
     return list(found.values())
+
+
+def _exists(source: SourceConfig) -> bool:
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    return all(Path(path).is_dir() or Path(strip_suffix(path) + ".idx").exists() for path in paths)
 
 
 def _open_corpus(source: SourceConfig, stage: Stage) -> _Corpus:
@@ -223,13 +239,14 @@ def _metadata(prefix: str) -> dict[str, Any]:
 def _check_tokenizers(stages: Sequence[Stage], descriptions: Sequence[list[_Corpus]], report: Report) -> None:
     """One vocabulary for all stages: whatever says which tokenizer made it must say the same one."""
     made_with: dict[str, list[str]] = {}
-    hash_of = functools.cache(tokenizer.tokenizer_hash)
+    lacking: set[str] = set()
     for stage, corpora in zip(stages, descriptions, strict=True):
         folder = stage.config.data.tokenizer
-        if folder is not None:
+        if folder is not None and folder not in lacking:
             try:
-                made_with.setdefault(hash_of(folder), []).append(f"{stage.name}: data.tokenizer {folder}")
+                made_with.setdefault(tokenizer.tokenizer_hash(folder), []).append(f"{stage.name}: {folder}")
             except UserError as error:
+                lacking.add(folder)
                 report.absent.append(f"{stage.name}: data.tokenizer: {error}")
         for corpus in corpora:
             if corpus.tokenizer is not None:

@@ -67,8 +67,14 @@ def rope_text(config: RunConfig) -> str:
 def rate_text(config: RunConfig) -> str:
     peak, schedule = config.optimizer.lr, config.schedule
     if schedule.kind == "constant":
-        return f"{peak:.2g}\nconstant"
-    return f"{peak:.2g} -> {peak * schedule.min_lr_ratio:.2g}\n{schedule.kind}"
+        return f"{_rate(peak)}\nconstant"
+    return f"{_rate(peak)} -> {_rate(peak * schedule.min_lr_ratio)}\n{schedule.kind}"
+
+
+def _rate(value: float) -> str:
+    """0.0003 -> 3e-4."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if value else "0"
 
 
 def start_text(config: RunConfig, before: Stage | None) -> str:
