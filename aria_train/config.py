@@ -281,6 +281,34 @@ class LoggingConfig(Section):
     wandb_project: str = "aria_train"
 
 
+class NeedleConfig(Section):
+    """A grid of haystacks, lengths by depths, with one needle each. Text: facts in a corpus."""
+
+    haystack: str | None = None
+    """Corpus to hide needles in; null = the first source of `data.validation` that can."""
+    questions: str | None = None
+    """Visual needles: prepared corpus of conversations, each about an image to be found among the haystack's."""
+    lengths: list[Positive] = []
+    """Tokens; empty = eight lengths up to train.context_length, those published for 64K."""
+    depths: Positive = 11
+    """Places of the needle, evenly from the beginning to the end."""
+    trials: Positive = 1
+    """Needles per cell of the grid."""
+
+
+class EvaluationConfig(Section):
+    """Evaluations beside the held-out loss; figures go to `evaluations.jsonl`, pictures to `report/`."""
+
+    interval_steps: NonNegative = 0
+    """Every so many steps, and before the first and after the last; 0 = never."""
+    needle: NeedleConfig | None = None
+    """Facts in long text."""
+    visual_needle: NeedleConfig | None = None
+    """Images among many."""
+    experts: bool = False
+    """Which experts see and which read, over `train.eval_windows` windows of each source of `data.validation`."""
+
+
 class RunConfig(Section):
     """One stage, resolved. See `load_config`."""
 
@@ -292,6 +320,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -343,6 +372,8 @@ class RunConfig(Section):
                 raise ValueError(f"model.vision is null, but the configuration speaks of its parts: {sorted(named)}")
         if set(train.freeze) >= ({"decoder", "vision", "projector"} if model.vision else {"decoder"}):
             raise ValueError("train.freeze names every part of the model: nothing is left to train")
+        if self.evaluation.visual_needle is not None and self.evaluation.visual_needle.questions is None:
+            raise ValueError("evaluation.visual_needle needs questions: a prepared corpus of questions about images")
         if self.schedule.kind == "wsd" and not self.schedule.decay_tokens:
             raise ValueError("schedule.kind wsd needs schedule.decay_tokens above 0")
         return self
