@@ -65,7 +65,7 @@ def save_picture(tracks: Sequence[Track], path: Path) -> None:
             _draw_bands(row, edges)
         _name_stages(rows[0], tracks, edges)
         _label_tokens(rows[4], tracks, edges)
-        figure.subplots_adjust(left=0.075, right=0.985, top=0.93, bottom=0.07)
+        figure.subplots_adjust(left=0.075, right=0.97, top=0.93, bottom=0.07)
         aside = path.with_name(path.name + ".new")
         figure.savefig(aside, format="png")
         os.replace(aside, path)
@@ -163,29 +163,32 @@ def _draw_rate(axes: Any, tracks: Sequence[Track], edges: list[float]) -> None:
 
 def _draw_context(axes: Any, tracks: Sequence[Track], edges: list[float]) -> None:
     values = [track.stage.config.train.context_length for track in tracks]
-    texts = [f"{short_power(value)} context" for value in values]
-    _draw_steps(axes, edges, [(value, value) for value in values], texts, _CONTEXT, "context\nlength")
+    corners = [[(left, value), (right, value)] for value, (left, right) in zip(values, itertools.pairwise(edges))]
+    _draw_levels(axes, corners, [short_power(value) for value in values], _CONTEXT, "context\nlength")
 
 
 def _draw_base(axes: Any, tracks: Sequence[Track], edges: list[float]) -> None:
-    configs = [track.stage.config for track in tracks]
-    ends = [(config.rope_base_at(0), config.model.rope_base) for config in configs]
-    texts = [f"base {rope_text(config).splitlines()[0]}" for config in configs]
-    _draw_steps(axes, edges, ends, texts, _BASE, "RoPE\nbase")
+    corners = []
+    for track, left, right in _spans(tracks, edges):
+        config, span = track.stage.config, track.last_token - track.first_token
+        turn = min(span, config.schedule.rope_tokens)
+        at = [(0, left), (turn, left + turn / span * (right - left)), (span, right)]
+        corners.append([(x, config.rope_base_at(tokens)) for tokens, x in at])
+    texts = [rope_text(track.stage.config).splitlines()[0] for track in tracks]
+    _draw_levels(axes, corners, texts, _BASE, "RoPE\nbase")
 
 
-def _draw_steps(
-    axes: Any, edges: list[float], values: list[tuple[float, float]], texts: list[str], color: str, label: str
-) -> None:
-    """A line over all stages, (first, last) value of each, on a logarithmic axis without numbers: they stand on it."""
-    xs = [x for pair in itertools.pairwise(edges) for x in pair]
-    ys = np.log2([value for pair in values for value in pair])
+def _draw_levels(axes: Any, corners: list[list[tuple[float, float]]], texts: list[str], color: str, label: str) -> None:
+    """A line through the (x, value) corners of all stages, on a logarithmic axis without numbers: they stand on it."""
+    xs, values = zip(*itertools.chain.from_iterable(corners))
+    ys = np.log2(values)
     axes.plot(xs, ys, color=color, linewidth=1.8, solid_joinstyle="miter")
     axes.fill_between(xs, ys, ys.min() - 10, color=color, alpha=0.12, linewidth=0)
     room = max(1.0, ys.max() - ys.min())
     axes.set_ylim(ys.min() - 0.75 * room, ys.max() + 0.35 * room)
-    for text, (left, right), (_, last) in zip(texts, itertools.pairwise(edges), values, strict=True):
-        axes.text((left + right) / 2, np.log2(last) - 0.12 * room, text, ha="center", va="top", fontsize=8, color=_INK)
+    for text, stage in zip(texts, corners, strict=True):
+        middle, below = (stage[0][0] + stage[-1][0]) / 2, np.log2(min(value for _, value in stage)) - 0.12 * room
+        axes.text(middle, below, text, ha="center", va="top", fontsize=8)
     axes.set_yticks([])
     axes.set_ylabel(label)
 
