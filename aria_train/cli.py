@@ -10,13 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from aria_train.errors import UserError
-
-EXIT_USER_ERROR = 2
+from aria_train.errors import EXIT_RESTART, EXIT_USER_ERROR, Stopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0 done, 2 the user can mend it."""
+    """Runs one command; returns the exit status: 0 done, 2 the user can mend it, 75 start it again to go on."""
     parser = _build_parser()
     args = parser.parse_args(arguments)
     try:
@@ -24,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         _print_error(error)
         return EXIT_USER_ERROR
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"aria-train: {stop}; the same command goes on from there.", file=sys.stderr, flush=True)
+        return EXIT_RESTART
     except KeyboardInterrupt:
         print("aria-train: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130

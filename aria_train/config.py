@@ -260,7 +260,16 @@ class CheckpointConfig(Section):
 
     interval_steps: NonNegative = 1000
     """Save every so many steps; the last step is always saved. 0 = only the last."""
+    interval_minutes: Annotated[Number, Field(ge=0)] = 0.0
+    """Save also whenever so many minutes have passed since the last save; 0 = never by the clock."""
     keep_last: Positive = 3
+    """Newest checkpoints to keep."""
+    keep_every_steps: NonNegative = 0
+    """Checkpoints of steps that are multiples of this are kept for good; 0 = none."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory; false needs no copy, and waits for the disk."""
+    storage: str | None = None
+    """Path or fsspec URL (such as s3://bucket/run) under which `checkpoints/` lies; null = train.run_dir."""
     init_from: str | None = None
     """Checkpoint (or run directory) whose weights a new run starts from; optimizer and position start afresh."""
     init_vision_from: str | None = None
@@ -269,6 +278,21 @@ class CheckpointConfig(Section):
     """Parts that start from random weights although `init_from` is given: named, so that none does by accident."""
     init_optimizer: bool = False
     """Whether a new run takes over the Adam moments of `init_from` too; the position in the data starts afresh."""
+
+
+class GuardConfig(Section):
+    """What a run does about bad batches and about hangs."""
+
+    spike_sigmas: Annotated[Number, Field(ge=0)] = 0.0
+    """Skip the update of a step whose gradient norm is so many standard deviations above the mean of the last
+    `spike_window`; 0 = skip only what is not finite, which is always skipped."""
+    spike_window: Annotated[int, Field(ge=2)] = 100
+    """Updates whose gradient norms are remembered; none is judged before there are so many."""
+    rollback_after: Positive = 5
+    """Steps skipped in a row after which the run goes back to the weights of the last good checkpoint."""
+    hang_minutes: Annotated[Number, Field(ge=0)] = 30.0
+    """Minutes without a finished step, evaluation or save after which the job reports where every rank is, and ends
+    with a status that says to start it again; 0 = never."""
 
 
 class LoggingConfig(Section):
@@ -322,6 +346,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property

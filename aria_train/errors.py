@@ -3,6 +3,10 @@
 Everything else that goes wrong is a defect and keeps its traceback.
 """
 
+EXIT_USER_ERROR = 2
+EXIT_RESTART = 75
+"""Status of a job that ended before its work did, and goes on when started again (sysexits.h: EX_TEMPFAIL)."""
+
 
 class UserError(Exception):
     """Something the user can mend. The message says what was given, where, what is allowed and what to do."""
@@ -21,3 +25,11 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, torn, or belongs to another model or run."""
+
+
+class DivergenceError(UserError):
+    """Training that cannot go on as configured: step after step gives no usable update."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop, has saved, and leaves. Not an error: started again, it goes on."""

@@ -100,4 +100,5 @@ def read_steps(run_dir: Path | str) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` without what depends on the clock and the machine."""
     lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
     machine = ("tokens_per_second", "step_seconds", "memory_gib", "mfu")
+    machine += ("straggler", "straggler_in", "straggler_times_median")
     return [{key: value for key, value in json.loads(line).items() if key not in machine} for line in lines]

@@ -50,6 +50,8 @@ def init_process_group(device: torch.device) -> None:
     """Joins the process group torchrun describes, or makes one of a single process. Does nothing if there is one."""
     if dist.is_initialized():
         return
+    # Remembers the last collectives, for the report of a hang.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -25,6 +25,7 @@ from aria_train.stages.checks import Report, check, check_ranks
 from aria_train.stages.plan import print_plan
 from aria_train.stages.stage import Stage, load_stages, run_root, split_arguments
 from aria_train.stages.timeline import write_timeline
+from aria_train.train.signals import graceful_stop
 from aria_train.train.trainer import Trainer
 
 
@@ -49,7 +50,7 @@ def run_curriculum(args: argparse.Namespace) -> None:
 
 def train_stages(stages: Sequence[Stage], is_main: bool) -> None:
     """Trains every stage that is not finished, in order, and keeps the timeline."""
-    with orderly_end():
+    with graceful_stop(), orderly_end():
         try:
             for number, stage in enumerate(stages, 1):
                 if stage.is_finished:

@@ -40,6 +40,8 @@ class MetricsWriter:
         self._wandb = _open_wandb(run_dir, logging, config, resume_step) if logging.wandb != "off" else None
         evaluations = _rewind(run_dir / "evaluations.jsonl", resume_step)
         _rewind(run_dir / "metrics.jsonl", resume_step)
+        _rewind(run_dir / "skipped.jsonl", resume_step)
+        self._skipped_path = run_dir / "skipped.jsonl"
         self._evaluated = {(line["stage"], line["step"]) for line in evaluations}
         self._steps_file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self._evaluations_file = (run_dir / "evaluations.jsonl").open("a", encoding="utf-8")
@@ -60,6 +62,11 @@ class MetricsWriter:
             self._evaluated.add(key)
             _append(self._evaluations_file, metrics)
             self._forward("evaluation", metrics)
+
+    def log_skip(self, record: Metrics) -> None:
+        """One line of `skipped.jsonl`: `stage`, `step`, `reason`, `windows` [first, end), `loss`, `grad_norm`."""
+        with self._skipped_path.open("a", encoding="utf-8") as file:
+            _append(file, record)
 
     def close(self) -> None:
         """Flushes TensorBoard and wandb. The files are complete at any time."""

@@ -6,6 +6,7 @@ import os
 
 from aria_train.config import RunConfig, check_world
 from aria_train.parallel.job import orderly_end
+from aria_train.train.signals import graceful_stop
 from aria_train.train.trainer import Trainer
 
 
@@ -13,5 +14,5 @@ def run_stage(config: RunConfig) -> None:
     """Trains a stage on the ranks torchrun started, or on this process alone."""
     # Before any rank waits for another: a layout that cannot be is refused at once.
     check_world(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with orderly_end():
+    with graceful_stop(), orderly_end():
         Trainer(config).run()

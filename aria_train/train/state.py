@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from aria_train.errors import CheckpointError
 from aria_train.model import AriaModel
 from aria_train.parallel import checkpoint
 from aria_train.parallel.checkpoint import Folder, Manifest
+from aria_train.train.guard import GuardState
 
 
 @dataclass
@@ -27,8 +28,15 @@ class TrainState:
     """Optimizer steps behind us."""
     sources: dict[str, int] = field(default_factory=dict)
     """Windows per epoch of every training source."""
+    guard: GuardState = field(default_factory=GuardState)
+    """Skipped steps, and what judges the next."""
     taken_over: set[str] = field(default_factory=set)
     """Parameters whose moments came from an earlier run: Adam has counted more steps for them than this run has."""
+
+    @property
+    def updates(self) -> int:
+        """Steps whose update is in the weights: what Adam counts."""
+        return self.step - self.guard.skipped
 
     def tensors(self) -> dict[str, Tensor]:
         """Every saved tensor by its global name; shards as DTensors. Creates optimizer state that is not there yet."""
@@ -38,7 +46,7 @@ class TrainState:
             if parameter.requires_grad:
                 state = self.optimizer.state[parameter]
                 if not state:
-                    step = torch.full((), float(self.step), dtype=torch.float32, device=parameter.device)
+                    step = torch.full((), float(self.updates), dtype=torch.float32, device=parameter.device)
                     state.update(step=step, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
                 tensors[f"optimizer.{name}.exp_avg"] = state["exp_avg"]
                 tensors[f"optimizer.{name}.exp_avg_sq"] = state["exp_avg_sq"]
@@ -46,28 +54,31 @@ class TrainState:
                     tensors[f"optimizer.{name}.step"] = state["step"]
         return tensors
 
-    def save(self, config: RunConfig, folder: Folder) -> None:
-        """Publishes a checkpoint of this state. Collective."""
+    def manifest(self, config: RunConfig) -> Manifest:
+        """What a checkpoint of this state says about itself."""
         world = torch.distributed.get_world_size()
-        manifest = Manifest(
+        return Manifest(
             step=self.step,
             tokens=self.step * config.tokens_per_step,
             config=config.model_dump(mode="json"),
             layout={"world_size": world, "expert_parallel_size": config.parallel.expert_parallel_size},
             sources=self.sources,
             files={},
+            guard=asdict(self.guard),
         )
-        checkpoint.save(folder, self.tensors(), manifest)
 
     def load(self, folder: Folder) -> None:
         """Takes over everything from a checkpoint of the same run, at any layout. Collective."""
-        self.step = checkpoint.read_manifest(folder).step
+        manifest = checkpoint.read_manifest(folder)
+        self.step = manifest.step
+        # In place: the guard holds on to its state.
+        vars(self.guard).update(vars(GuardState(**manifest.guard)))
         stored = checkpoint.stored_shapes(folder)
         self.taken_over = {name for name, _ in self._trained() if f"optimizer.{name}.step" in stored}
         checkpoint.load(folder, self.tensors())
         for name, parameter in self._trained():
             if name not in self.taken_over:
-                self.optimizer.state[parameter]["step"].fill_(float(self.step))
+                self.optimizer.state[parameter]["step"].fill_(float(self.updates))
 
     def take_over_moments(self, folder: Folder) -> str:
         """Adam's moments of an earlier run, for every trained parameter that it has them of. Collective.
@@ -86,7 +97,7 @@ class TrainState:
             if name.startswith("optimizer.") and name.removeprefix("optimizer.").rpartition(".")[0] in self.taken_over
         }
         checkpoint.load(folder, {name: tensor for name, tensor in tensors.items() if name in stored}, parts=())
-        steps = float(checkpoint.read_manifest(folder).step)
+        steps = float(checkpoint.read_manifest(folder).updates)
         for name in tensors.keys() - stored.keys():
             tensors[name].fill_(steps)
         return f"Adam's moments of {len(self.taken_over)} tensors from {folder}"
@@ -101,6 +112,7 @@ _FREE = {
     "parallel": None,
     "logging": None,
     "checkpoint": None,
+    "guard": None,
     "data": {"tokenizer", "validation", "workers", "prefetch_batches"},
     "train": {
         "micro_batch_size", "max_tokens", "max_steps", "precision", "recompute", "run_dir", "eval_interval_steps",

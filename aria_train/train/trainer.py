@@ -4,7 +4,8 @@
     trainer.run()                 for every step:
                                       micro-batches -> forward -> objective -> backward   (gradients stay local)
                                       last micro-batch's backward reduces gradients       (one reduce-scatter)
-                                      clip -> AdamW on shards -> metrics -> evaluation -> checkpoint
+                                      clip -> AdamW on shards, unless the guard objects
+                                      metrics -> evaluation -> checkpoint
 
 A step depends on its number and the configuration alone: which windows it reads, its learning rate, its random state.
 So a resumed run repeats nothing and skips nothing.
@@ -22,24 +23,30 @@ import torch.distributed as dist
 from aria_train.batch import MicroBatch
 from aria_train.config import RunConfig, check_world, dump_config
 from aria_train.data.loader import Loader
-from aria_train.errors import CheckpointError, ConfigError
+from aria_train.errors import ConfigError, Stopped
 from aria_train.model import AriaModel
 from aria_train.model.aria import part_of
 from aria_train.parallel import checkpoint
+from aria_train.parallel.checkpoint import Saver
 from aria_train.parallel.collectives import sum_over_ranks
 from aria_train.parallel.mesh import build_meshes, init_process_group, pick_device
 from aria_train.parallel.shard import parallelize, set_last_micro_batch
 from aria_train.train.console import Console, peak_memory_gib
 from aria_train.train.evaluation import evaluate_loss
+from aria_train.train.guard import Guard
 from aria_train.train.initial import fill_weights
 from aria_train.train.metrics import MetricsWriter
 from aria_train.train.objective import StepSums, Totals, objective, step_metrics
 from aria_train.train.optimizer import build_optimizer, clip_gradients, learning_rate
+from aria_train.train.pulse import Pulse
+from aria_train.train.rollback import roll_back
 from aria_train.train.state import TrainState, check_resumable
+from aria_train.train.watchdog import Watchdog
 
 
 class Trainer:
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, replay_step: int | None = None) -> None:
+        """With `replay_step`, on the way to a step that was taken before: nothing is written."""
         self.config = config
         self.device = pick_device(config.train.device)
         init_process_group(self.device)
@@ -48,39 +55,51 @@ class Trainer:
         self.meshes = build_meshes(config.parallel, self.device)
         self.is_main = self.meshes.rank == 0
         self.console = Console(config.total_steps, enabled=self.is_main)
-        newest, self.torn = checkpoint.newest_intact(self.run_dir)
+        self.home = checkpoint.home_of(config)
+        newest, self.torn = checkpoint.newest_intact(self.home, before=replay_step)
         start_step = checkpoint.read_manifest(newest).step if newest is not None else 0
         self.loader = Loader(config, self.meshes.rank, self.meshes.world_size, start_step)
         self.state = self._build_state()
         self._fill_state(newest)
+        self.guard = Guard(config.guard, self.state.guard)
+        self.pulse = Pulse(self.meshes, config.checkpoint.interval_minutes)
+        self.saver = Saver(config.checkpoint.asynchronous, self.console.message)
+        hangs = self.run_dir / "logs" / "hangs"
+        self.watchdog = Watchdog(config.guard.hang_minutes * 60, self.meshes.rank, self.meshes.world_size, hangs)
         self.writer: MetricsWriter | None = None
-        if self.is_main:
+        if self.is_main and replay_step is None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
             self.writer = MetricsWriter(self.run_dir, config.logging, config.model_dump(mode="json"), start_step)
 
     def run(self) -> None:
-        """Trains to the last step; saves and evaluates on the way and at the end."""
+        """Trains to the last step; saves and evaluates on the way and at the end.
+
+        Raises Stopped, when all is saved, if a rank is asked to stop before.
+        """
         config, state = self.config, self.state
         if state.step >= config.total_steps:
             self.console.message(f"already complete: {state.step} of {config.total_steps} steps")
             return
         self.console.start(state.step)
+        self.watchdog.start(state.step)
         try:
             if state.step == 0:
                 self._evaluate()
-            while state.step < config.total_steps:
-                self._report(self._step(next(self.loader)))
+            while state.step < config.total_steps and not self.pulse.stop_asked:
+                self._report(self._step(self.pulse.next_batches(self.loader)))
+                if self.guard.wants_rollback:
+                    self._roll_back()
                 last = state.step == config.total_steps
                 if last or _due(state.step, config.train.eval_interval_steps):
                     self._evaluate()
-                if last or _due(state.step, config.checkpoint.interval_steps):
+                if last or self.pulse.stop_asked or self._save_is_due():
                     self._save()
+            self.saver.finish()
+            if state.step < config.total_steps:
+                raise Stopped(f"stopped on request and saved after step {state.step} of {config.total_steps}")
         finally:
-            self.loader.close()
-            self.console.stop()
-            if self.writer is not None:
-                self.writer.close()
+            self._close()
 
     def _step(self, batches: list[MicroBatch]) -> dict[str, Any]:
         """One optimizer step on the global batch; returns its metrics, the same on every rank."""
@@ -96,12 +115,18 @@ class Trainer:
             output = state.model(batch)
             objective(output, totals, state.expert_counts, config.model).backward()
             sums.add(output, batch.source_of_target())
-        lr = learning_rate(config, state.step * config.tokens_per_step)
-        grad_norm = self._update(lr)
-        reduced = sum_over_ranks(sums.sums, self.device)
-        state.expert_counts.copy_(reduced["counts"])
-        state.step += 1
+        reduced = sum_over_ranks({**sums.sums, "pulse": self.pulse.beat()}, self.device)
+        self.pulse.hear(reduced.pop("pulse"))
         losses = step_metrics(reduced, totals, config.model, [source.name for source in config.data.train])
+        grad_norm = self._clip()
+        lr = learning_rate(config, state.step * config.tokens_per_step)
+        skipped = self.guard.judge(losses["loss"], grad_norm)
+        if skipped is None:
+            self._update(lr)
+            state.expert_counts.copy_(reduced["counts"])
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        self.watchdog.beat(state.step, "training")
         seconds = time.perf_counter() - began
         return {
             "stage": config.stage,
@@ -114,18 +139,21 @@ class Trainer:
             "tokens_per_second": config.tokens_per_step / seconds,
             "step_seconds": seconds,
             "memory_gib": peak_memory_gib(),
+            **({} if skipped is None else {"skipped": skipped}),
+            **self.pulse.straggler(seconds),
         }
 
-    def _update(self, lr: float) -> float:
-        """Clips, moves the weights, and forgets the gradients. Returns the gradient norm before clipping."""
+    def _clip(self) -> float:
+        """Clips the gradients; returns their norm before."""
+        parameters = [p for group in self.state.optimizer.param_groups for p in group["params"]]
+        return clip_gradients(parameters, self.config.optimizer.clip_norm, self.meshes.num_replicas).item()
+
+    def _update(self, lr: float) -> None:
+        """Moves the weights."""
         optimizer = self.state.optimizer
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = clip_gradients(parameters, self.config.optimizer.clip_norm, self.meshes.num_replicas)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm.item()
 
     def _totals(self, batches: list[MicroBatch]) -> Totals:
         """Targets and tokens of the global batch."""
@@ -172,10 +200,27 @@ class Trainer:
         self.console.update(metrics)
         if self.writer is not None:
             self.writer.log_step(metrics)
+        if "skipped" in metrics:
+            self._log_skip(metrics, metrics["step"] - 1, metrics["skipped"])
+
+    def _log_skip(self, metrics: dict[str, Any], first_step: int, reason: str) -> None:
+        """Says on the console and in `skipped.jsonl` why nothing is left of the steps from `first_step` (from 0) on."""
+        step, batch = self.state.step, self.config.train.global_batch_size
+        self.console.message(f"step {step}: skipped: {reason}")
+        if self.writer is not None:
+            record = {"stage": self.config.stage, "step": step, "reason": reason}
+            windows = {"windows": [first_step * batch, step * batch]}
+            self.writer.log_skip({**record, **windows, **{key: metrics.get(key) for key in ("loss", "grad_norm")}})
+
+    def _roll_back(self) -> None:
+        self.saver.wait()
+        to_step, folder = roll_back(self.state, self.guard, self.home)
+        self._log_skip({}, to_step, f"rolled back to the weights of {folder}")
 
     def _evaluate(self) -> None:
         if not self.config.train.eval_interval_steps or not self.config.data.validation:
             return
+        self.watchdog.beat(self.state.step, "evaluating")
         self.state.model.rope_base = self.config.rope_base_at(self.state.step * self.config.tokens_per_step)
         losses = evaluate_loss(self.state.model, self.config, self.meshes)
         self.console.message(
@@ -185,17 +230,29 @@ class Trainer:
             step, tokens = self.state.step, self.state.step * self.config.tokens_per_step
             self.writer.log_evaluation({"stage": self.config.stage, "step": step, "tokens": tokens, **losses})
 
+    def _save_is_due(self) -> bool:
+        """By steps or by the clock; but a state that was just refused an update is one that is saved already."""
+        due = self.pulse.save_due or _due(self.state.step, self.config.checkpoint.interval_steps)
+        return due and not self.state.guard.streak
+
     def _save(self) -> None:
-        target = checkpoint.folder_of_step(self.run_dir, self.state.step)
-        try:
-            self.state.save(self.config, target)
-        except OSError as error:
-            raise CheckpointError(
-                f"{target} could not be written: {error}. Earlier checkpoints are untouched; free space or mend the "
-                "permissions and run the same command again."
-            ) from None
+        """Starts to save; the files are written while training goes on."""
+        self.pulse.saved()
+        target = checkpoint.folder_of_step(self.home, self.state.step)
+        self.saver.save(target, self.state.tensors(), self.state.manifest(self.config), after=self._prune)
+        self.watchdog.beat(self.state.step, "training")
+
+    def _prune(self) -> None:
         if self.is_main:
-            checkpoint.prune(self.run_dir, self.config.checkpoint.keep_last)
+            checkpoint.prune(self.home, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_steps)
+
+    def _close(self) -> None:
+        self.watchdog.stop()
+        self.saver.close()
+        self.loader.close()
+        self.console.stop()
+        if self.writer is not None:
+            self.writer.close()
 
 
 def _due(step: int, interval: int) -> bool:

@@ -10,10 +10,12 @@ their checksums. Tensors are saved under global names with their sharding, so an
 
 from aria_train.parallel.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from aria_train.parallel.checkpoint.reading import check_names, load, reader, stored_shapes, verify
+from aria_train.parallel.checkpoint.saver import Saver
 from aria_train.parallel.checkpoint.shelf import (
     Entry,
     entries,
     folder_of_step,
+    home_of,
     latest,
     newest_intact,
     prune,
@@ -28,9 +30,11 @@ __all__ = [
     "Folder",
     "Manifest",
     "SaveFailed",
+    "Saver",
     "check_names",
     "entries",
     "folder_of_step",
+    "home_of",
     "latest",
     "load",
     "locate",

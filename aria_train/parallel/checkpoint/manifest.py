@@ -40,6 +40,11 @@ class Manifest:
         return not self.guard.get("streak")
 
     @property
+    def updates(self) -> int:
+        """Steps whose update is in the weights."""
+        return self.step - int(self.guard.get("skipped", 0))
+
+    @property
     def num_bytes(self) -> int:
         """Bytes in the checkpoint's files, without the manifest."""
         return sum(file["bytes"] for file in self.files.values())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from aria_train.config import RunConfig
 from aria_train.errors import CheckpointError
 from aria_train.parallel.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from aria_train.parallel.checkpoint.reading import verify
@@ -30,6 +31,11 @@ class Entry(Generic[F]):
     """Why it is not complete."""
     is_unfinished: bool = False
     """Whether it is being written, or was, or is half removed."""
+
+
+def home_of(config: RunConfig) -> Folder:
+    """Where a run keeps its checkpoints."""
+    return locate(config.checkpoint.storage or Path(config.train.run_dir))
 
 
 def folder_of_step(home: F, step: int) -> F:
