@@ -19,7 +19,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -85,11 +84,10 @@ def chat(question: str, answer: str, category: str) -> Callable[[list[str]], Rec
     return record
 
 
-def digit_questions(digits: Digits, rng: random.Random, copies: int) -> Iterator[Sample]:
-    """Every training digit several times, each time drawn a little differently."""
-    for _ in range(copies):
-        for index in digits.train:
-            yield [digits.draw(index, rng)], chat(DIGIT_QUESTION, str(digits.values[index]), "digits")
+def digit_questions(digits: Digits, rng: random.Random) -> Iterator[Sample]:
+    """The training digits over and over, each time drawn a little differently."""
+    for index in itertools.cycle(digits.train):
+        yield [digits.draw(index, rng)], chat(DIGIT_QUESTION, str(digits.values[index]), "digits")
 
 
 def held_out_digit_questions(digits: Digits) -> Iterator[Sample]:
@@ -99,8 +97,8 @@ def held_out_digit_questions(digits: Digits) -> Iterator[Sample]:
 
 
 def digit_captions(digits: Digits, rng: random.Random) -> Iterator[Sample]:
-    """Every training digit with a caption."""
-    for index in digits.train:
+    """The training digits over and over, with captions."""
+    for index in itertools.cycle(digits.train):
         value = digits.values[index]
         caption = rng.choice(("A handwritten {0}.", "The digit {0}, written by hand.", "The number {1}, in ink."))
         words = caption.format(value, NAMES[value])
@@ -187,25 +185,26 @@ def pages(lines: Iterable[str], rng: random.Random) -> Iterator[Sample]:
 
 def charts(rng: random.Random, count: int) -> Iterator[Sample]:
     """Bar charts of small tables, and a question after one value."""
-    figure = Figure(figsize=(4, 4), dpi=56)
-    canvas = FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(Figure(figsize=(4, 4), dpi=56))
     for _ in range(count):
         table = {label: rng.randint(1, 9) for label in rng.sample("ABCDEFGH", rng.randint(3, 5))}
-        figure.clear()
-        _draw_bars(figure.add_axes((0.13, 0.12, 0.85, 0.84)), table, rng.choice(CHART_COLORS))
-        canvas.draw()
-        image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
         asked = rng.choice(list(table))
-        question = f"What is the value of {asked}?"
-        yield [image.resize((LARGE, LARGE), Image.Resampling.BOX)], chat(question, str(table[asked]), "charts")
+        question = chat(f"What is the value of {asked}?", str(table[asked]), "charts")
+        yield [draw_chart(canvas, table, rng.choice(CHART_COLORS))], question
 
 
-def _draw_bars(axes: Axes, table: dict[str, int], color: str) -> None:
+def draw_chart(canvas: FigureCanvasAgg, table: dict[str, int], color: str) -> Image.Image:
+    """A bar for every value, 0 to 10, LARGE x LARGE, drawn on a canvas that is cleared first."""
+    canvas.figure.clear()
+    axes = canvas.figure.add_axes((0.13, 0.12, 0.85, 0.84))
     axes.bar(list(table), list(table.values()), color=color, width=0.6)
     axes.set_ylim(0, 10)
     axes.set_yticks([0, 5, 10])
     axes.tick_params(labelsize=22, width=2)
     axes.spines[["top", "right"]].set_visible(False)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return image.resize((LARGE, LARGE), Image.Resampling.BOX)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,14 +237,17 @@ def make_all(sources: Path, folder: Path, seed: int = SEED, scale: float = 1.0) 
     `sources` are the Python sources in JSON lines that pages are set from; `scale` makes less of everything.
     """
     digits = Digits()
-    few, many = round(500 * scale), round(1000 * scale)
+
+    def some(count: int) -> int:
+        return round(count * scale)
+
     kinds: dict[str, Callable[[random.Random], Iterable[Sample]]] = {
-        "digits": lambda rng: digit_questions(digits, rng, copies=2),
+        "digits": lambda rng: itertools.islice(digit_questions(digits, rng), some(3000)),
         "digits_validation": lambda rng: held_out_digit_questions(digits),
-        "captions": lambda rng: digit_captions(digits, rng),
-        "interleaved": lambda rng: documents(digits, rng, few),
-        "pages": lambda rng: pages(prose(sources, many), rng),
-        "charts": lambda rng: charts(rng, few),
+        "captions": lambda rng: itertools.islice(digit_captions(digits, rng), some(1500)),
+        "interleaved": lambda rng: documents(digits, rng, some(500)),
+        "pages": lambda rng: pages(prose(sources, some(1000)), rng),
+        "charts": lambda rng: charts(rng, some(500)),
     }
     return {
         name: write(make(random.Random(f"{seed} {name}")), folder / name)

@@ -99,7 +99,8 @@ def show_language(summary: LanguageSummary) -> None:
     report = RUNS / LANGUAGE / "report"
     console.print(terminal_chart(curve_of(summary), title_of(summary), console.width))
 
-    table = Table(title="\nNats per token on held-out text", title_justify="left", title_style="bold", box=None)
+    console.print("\nNats per token on held-out text", style="bold")
+    table = Table(box=None)
     table.add_column("model")
     table.add_column("loss", justify="right")
     table.add_row("unigram counts", f"{summary.unigram_loss:.3f}")
