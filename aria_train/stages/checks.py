@@ -20,7 +20,6 @@ from aria_train.data.indexed import IndexedCorpus, strip_suffix
 from aria_train.data.multimodal_store import META
 from aria_train.data.views import open_reader
 from aria_train.errors import CheckpointError, ConfigError, DataError, UserError
-from aria_train.parallel import checkpoint
 from aria_train.stages.stage import Stage, model_differences, stored_config
 from aria_train.train.state import check_resumable
 
@@ -134,7 +133,7 @@ def _progress(stages: Sequence[Stage]) -> Iterator[str]:
     """Run directories whose state does not fit the order of the stages, or their configuration."""
     unfinished: Stage | None = None
     for stage in stages:
-        newest, _ = checkpoint.latest(stage.run_dir)
+        newest = stage.newest_checkpoint()
         if newest is not None:
             try:
                 check_resumable(stage.config, {}, newest)

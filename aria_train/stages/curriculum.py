@@ -21,7 +21,7 @@ from aria_train.config import RunConfig
 from aria_train.errors import ConfigError
 from aria_train.parallel.job import orderly_end
 from aria_train.parallel.mesh import release
-from aria_train.stages.checks import Report, check, check_ranks
+from aria_train.stages.checks import check, check_ranks
 from aria_train.stages.plan import print_plan
 from aria_train.stages.stage import Stage, load_stages, run_root, split_arguments
 from aria_train.stages.timeline import write_timeline
@@ -58,8 +58,7 @@ def train_stages(stages: Sequence[Stage], is_main: bool) -> None:
                 if is_main:
                     write_timeline(stages)
                     print(f"\nstage {number} of {len(stages)}: {stage.name}", flush=True)
-                if not train_stage(stage.config):
-                    return
+                train_stage(stage.config)
         finally:
             if is_main:
                 write_timeline(stages)
@@ -67,11 +66,10 @@ def train_stages(stages: Sequence[Stage], is_main: bool) -> None:
         print(f"\n{len(stages)} stages complete in {run_root(stages)}; their timeline: timeline.png, timeline.jsonl")
 
 
-def train_stage(config: RunConfig) -> bool:
-    """Trains a stage and lets go of its memory. Returns whether it was trained to its end."""
+def train_stage(config: RunConfig) -> None:
+    """Trains a stage to its end and lets go of its memory."""
     trainer = Trainer(config)
     trainer.run()
-    complete = trainer.state.step >= config.total_steps
     meshes = trainer.meshes
     del trainer
     # The model, its hooks and its optimizer refer to each other.
@@ -80,7 +78,6 @@ def train_stage(config: RunConfig) -> bool:
         torch.cuda.empty_cache()
     dist.barrier()
     release(meshes)
-    return complete
 
 
 def _refuse(stages: Sequence[Stage], problems: Sequence[str]) -> None:
@@ -88,6 +85,3 @@ def _refuse(stages: Sequence[Stage], problems: Sequence[str]) -> None:
         names = " -> ".join(stage.name for stage in stages)
         listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, 1))
         raise ConfigError(f"{names}: this curriculum cannot be run; nothing was started.\n{listed}")
-
-
-__all__ = ["Report", "run_curriculum", "train_stages"]

@@ -162,9 +162,9 @@ def _draw_rate(axes: Any, tracks: Sequence[Track], edges: list[float]) -> None:
 
 
 def _draw_context(axes: Any, tracks: Sequence[Track], edges: list[float]) -> None:
-    values = [track.stage.config.train.context_length for track in tracks]
-    corners = [[(left, value), (right, value)] for value, (left, right) in zip(values, itertools.pairwise(edges))]
-    _draw_levels(axes, corners, [short_power(value) for value in values], _CONTEXT, "context\nlength")
+    lengths = [track.stage.config.train.context_length for track in tracks]
+    corners = [[(left, float(n)), (right, float(n))] for n, (left, right) in zip(lengths, itertools.pairwise(edges))]
+    _draw_levels(axes, corners, [short_power(length) for length in lengths], _CONTEXT, "context\nlength")
 
 
 def _draw_base(axes: Any, tracks: Sequence[Track], edges: list[float]) -> None:

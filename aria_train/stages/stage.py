@@ -41,11 +41,16 @@ class Stage:
     @property
     def final_checkpoint(self) -> str:
         """Where its last step is, or will be, saved."""
-        return str(checkpoint.folder_of_step(self.run_dir, self.config.total_steps))
+        return str(checkpoint.folder_of_step(checkpoint.home_of(self.config), self.config.total_steps))
+
+    def newest_checkpoint(self) -> checkpoint.Folder | None:
+        """Its newest complete checkpoint so far."""
+        newest, _ = checkpoint.latest(checkpoint.home_of(self.config))
+        return newest
 
     def steps_done(self) -> int:
         """Steps of its newest complete checkpoint; 0 if there is none."""
-        newest, _ = checkpoint.latest(self.run_dir)
+        newest = self.newest_checkpoint()
         return checkpoint.read_manifest(newest).step if newest is not None else 0
 
     @property
@@ -58,10 +63,11 @@ def load_stages(paths: Sequence[str], overrides: Sequence[str]) -> list[Stage]:
     """Reads the stages' files, in order; every stage but the first starts from the final checkpoint of the one before.
 
     Each stage trains in its own `train.run_dir`; given as an override, `train.run_dir=ROOT`, it puts all of them into
-    ROOT, one folder per stage. Raises one ConfigError about everything in the files that cannot be read.
+    ROOT, one folder per stage, and `checkpoint.storage=ROOT` likewise. Raises one ConfigError about everything in the
+    files that cannot be read.
     """
-    root = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith("train.run_dir=")), None)
-    rest = [o for o in overrides if not o.startswith("train.run_dir=")]
+    rest, root = _take(overrides, "train.run_dir")
+    rest, storage = _take(rest, "checkpoint.storage")
     stages: list[Stage] = []
     problems: list[str] = []
     for path in paths:
@@ -73,6 +79,8 @@ def load_stages(paths: Sequence[str], overrides: Sequence[str]) -> list[Stage]:
         name = Path(path).stem
         if root is not None:
             config.train.run_dir = str(Path(root) / name)
+        if storage is not None:
+            config.checkpoint.storage = f"{storage.rstrip('/')}/{name}"
         if stages:
             config.checkpoint.init_from = stages[-1].final_checkpoint
         stages.append(Stage(name, config))
@@ -84,6 +92,12 @@ def load_stages(paths: Sequence[str], overrides: Sequence[str]) -> list[Stage]:
     return stages
 
 
+def _take(overrides: Sequence[str], key: str) -> tuple[list[str], str | None]:
+    """The overrides of other keys, and the last value given for this one."""
+    values = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
+    return [o for o in overrides if not o.startswith(f"{key}=")], values[-1] if values else None
+
+
 def run_root(stages: Sequence[Stage]) -> Path:
     """The folder that the stages' run directories lie in."""
     return stages[0].run_dir.parent
@@ -92,9 +106,14 @@ def run_root(stages: Sequence[Stage]) -> Path:
 def _misplaced(stages: Sequence[Stage]) -> Iterator[str]:
     """Run directories that are not side by side in one folder, each with a stage of its own."""
     folders = [stage.run_dir.resolve() for stage in stages]
-    twice = sorted({str(stage.run_dir) for stage, folder in zip(stages, folders) if folders.count(folder) > 1})
+    homes = [stage.final_checkpoint.rpartition("/checkpoints/")[0] for stage in stages]
+    twice = [str(folder) for folder in folders if folders.count(folder) > 1]
+    twice = twice or [home for home in homes if homes.count(home) > 1]
     if twice:
-        yield f"several stages would train in {twice[0]}. Name their files differently, or give each a train.run_dir."
+        yield (
+            f"several stages would train in, or save into, {twice[0]}. Name their files differently, or give each a "
+            "train.run_dir (and checkpoint.storage) of its own."
+        )
     elif len({folder.parent for folder in folders}) > 1:
         places = ", ".join(str(stage.run_dir) for stage in stages)
         yield (
