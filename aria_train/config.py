@@ -44,11 +44,13 @@ def _parse_float(value: Any) -> Any:
 
 Tokens = Annotated[int, BeforeValidator(_parse_tokens), Field(ge=0)]
 Number = Annotated[float, BeforeValidator(_parse_float), Field(allow_inf_nan=False)]
+AboveZero = Annotated[Number, Field(gt=0)]
 Part = Literal["decoder", "vision", "projector"]
 """A part of the model that a stage may start from elsewhere, freeze, or give a learning rate of its own."""
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+Decay = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -67,7 +69,7 @@ class VisionConfig(Section):
     patch_size: Positive = 14
     position_grid: Positive = 70
     """Side of the square grid of learned positions; patch positions of any aspect ratio are bucketed into it."""
-    norm_eps: Number = 1e-6
+    norm_eps: AboveZero = 1e-6
     image_sizes: dict[Positive, Positive] = {490: 128, 980: 256}
     """Longer edge in pixels of each size class -> visual tokens (projector queries) an image of the class becomes."""
     min_image_size: Positive = 336
@@ -104,10 +106,10 @@ class ModelConfig(Section):
     """Width of one expert's SwiGLU."""
     num_shared_experts: NonNegative = 2
     """Experts every token passes through, computed as one SwiGLU of `num_shared_experts * expert_size`."""
-    norm_eps: Number = 1e-6
-    rope_base: Number = 100_000.0
+    norm_eps: AboveZero = 1e-6
+    rope_base: AboveZero = 100_000.0
     max_positions: Positive = 65536
-    init_std: Number = 0.02
+    init_std: AboveZero = 0.02
     balance_group_size: Positive = 8
     """Experts per group of the load-balancing loss; 1 balances single experts (Switch)."""
     balance_coefficient: Number = 1e-3
@@ -196,7 +198,7 @@ class OptimizerConfig(Section):
     """AdamW. Norm gains, biases and other vectors are not decayed."""
 
     lr: Annotated[Number, Field(gt=0)] = 3e-4
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Annotated[Number, Field(gt=0)] = 1e-8
     weight_decay: Annotated[Number, Field(ge=0)] = 0.1
     clip_norm: Annotated[Number, Field(ge=0)] = 1.0
@@ -385,6 +387,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.context_length {train.context_length} exceeds model.max_positions {model.max_positions}"
             )
+        # Rows of the grouped matrix products are read 16 bytes at a time.
+        multiple = 8 if train.precision == "bf16" else 4
+        for key in ("hidden_size", "expert_size"):
+            if getattr(model, key) % multiple:
+                raise ValueError(
+                    f"model.{key} {getattr(model, key)} must be a multiple of {multiple} with train.precision "
+                    f"{train.precision}, such as {_nearest_multiple(getattr(model, key), multiple)}"
+                )
         experts, ranks = model.num_experts, self.parallel.expert_parallel_size
         if experts % ranks:
             raise ValueError(
