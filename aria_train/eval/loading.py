@@ -27,6 +27,21 @@ class Loaded:
     meshes: Meshes
     folder: checkpoint.Folder
     """The checkpoint's."""
+    step: int
+    """Optimizer steps behind it."""
+
+    @property
+    def title(self) -> str:
+        """For pictures."""
+        return f"{self.config.stage}, step {self.step:,}"
+
+    @property
+    def report_folder(self) -> Path:
+        """`report/` of the run directory, or beside a checkpoint that is not in one."""
+        if not isinstance(self.folder, Path):
+            return Path(self.config.train.run_dir) / "report"
+        home = self.folder.absolute().parent
+        return (home.parent if home.name == "checkpoints" else home) / "report"
 
     @property
     def is_main(self) -> bool:
@@ -39,7 +54,8 @@ def load_for_eval(path: str | Path) -> Loaded:
     Computes in bf16 on GPUs and in fp32 on CPUs. Joins or makes the process group. Collective.
     """
     folder = checkpoint.resolve(path)
-    config = RunConfig.model_validate(checkpoint.read_manifest(folder).config)
+    manifest = checkpoint.read_manifest(folder)
+    config = RunConfig.model_validate(manifest.config)
     device = pick_device("auto")
     init_process_group(device)
     world = dist.get_world_size()
@@ -54,7 +70,8 @@ def load_for_eval(path: str | Path) -> Loaded:
         parallelize(model, meshes, "bf16" if device.type == "cuda" else "fp32")
         model.to_empty(device=device)
         _fill(model, folder)
-    return Loaded(model.eval(), config, meshes, folder)
+    model.rope_base = config.rope_base_at(manifest.tokens)
+    return Loaded(model.eval(), config, meshes, folder, manifest.step)
 
 
 def load_model(folder: checkpoint.Folder, config: RunConfig, device: torch.device) -> AriaModel:

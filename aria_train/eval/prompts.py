@@ -19,6 +19,7 @@ from aria_train.data import images
 from aria_train.data.images import BadImage, ImageLayout
 from aria_train.data.loader import pack_windows
 from aria_train.data.multimodal_formats import MAX_FILE_BYTES
+from aria_train.data.multimodal_store import Sample
 from aria_train.data.tokenizer import load_tokenizer
 from aria_train.data.window import Window
 from aria_train.errors import DataError
@@ -111,8 +112,13 @@ class PromptWriter:
             )
         parts: list[str | int | Picture] = [texts[0]]
         for data, behind in zip(pictures, texts[1:], strict=True):
-            parts += [self.token("<fim_prefix>"), self._picture(data), self.token("<fim_suffix>"), behind]
+            parts += [self._picture(data), behind]
         return parts
+
+    def image_ids(self, picture: Picture) -> list[int]:
+        """An image's tokens, its markers included."""
+        image = [self.model.image_token_id] * picture.layout.num_tokens
+        return [self.token("<fim_prefix>"), *image, self.token("<fim_suffix>")]
 
     def _picture(self, data: bytes) -> Picture:
         width, height = images.read_size(data)
@@ -130,9 +136,26 @@ class PromptWriter:
             if isinstance(part, int):
                 prompt.token_ids.append(part)
             elif part is not None:
-                prompt.token_ids.extend([self.model.image_token_id] * part.layout.num_tokens)
+                prompt.token_ids.extend(self.image_ids(part))
                 prompt.pictures.append(part)
         return prompt
+
+    def asked(self, sample: Sample) -> Prompt | None:
+        """A conversation up to its last answer, and that answer with its closing tag; None if nothing is answered."""
+        learned = np.flatnonzero(sample.loss)
+        if not len(learned):
+            return None
+        runs = np.flatnonzero(np.diff(learned) > 1)
+        start = int(learned[runs[-1] + 1] if len(runs) else learned[0])
+        ids: list[int] = sample.token_ids.tolist()
+        end = self.token("<|im_end|>")
+        behind = ids.index(end, start) + 1 if end in ids[start:] else len(ids)
+        pictures = [
+            Picture(data, placement.layout)
+            for data, placement in zip(sample.images, sample.placements, strict=True)
+            if placement.start < start
+        ]
+        return Prompt(ids[:start], pictures, ids[start:behind])
 
     @property
     def _vision(self) -> VisionConfig:

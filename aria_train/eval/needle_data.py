@@ -1,0 +1,216 @@
+"""Needles and haystacks: facts that no corpus holds, hidden in text that one does.
+
+    ... text of a corpus ...
+    The magic number of the silver river is 4821.
+    ... more text ...
+    Question: What is the magic number of the silver river?
+    Answer: The magic number of the silver river is
+
+A fact is put behind the last end of a sentence before its depth (Kamradt's needle test does the same). Names are an
+adjective and a noun; the pairs used for evaluation never occur in training, though their words do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from aria_train.data.indexed import IndexedCorpus
+from aria_train.data.text import find_prefixes
+from aria_train.data.tokenizer import end_of_document_id, load_tokenizer
+from aria_train.errors import DataError
+
+_ADJECTIVES = (
+    "black blue brown clean cold dark deep dry empty fast flat full golden gray green hard heavy high hot large light "
+    "long low new old open plain quiet red round sharp short silver simple small soft strong sweet thin white"
+)
+_NOUNS = (
+    "apple bank bird boat book bottle box bridge card chain city clock cloud coat door farm field file fire fish floor "
+    "forest garden gate glass hall hat hill horse house island key king lake lamp letter line map market mirror moon "
+    "mountain name needle night note ocean page paper park pen picture plate queen rain ring river road rock roof "
+    "room rope salt sea ship shoe snow song star station stone storm story street table tower train tree valley "
+    "village wall watch water wheel wind window winter wire wood word world yard year"
+)
+ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
+DIGITS = 4
+"""A value's digits, the first of them not 0."""
+_HELD_OUT_EVERY = 5
+_MOST_FACTS = 16
+_SHORTEST = 128
+"""Tokens of a training document at least: a fact, its question, and something to hide it in."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A needle."""
+
+    name: str
+    value: str
+
+    @property
+    def statement(self) -> str:
+        return f"\nThe magic number of the {self.name} is {self.value}.\n"
+
+    @property
+    def question(self) -> str:
+        """Ends where the answer begins."""
+        return (
+            f"\nQuestion: What is the magic number of the {self.name}?\nAnswer: The magic number of the {self.name} is"
+        )
+
+    @property
+    def answer(self) -> str:
+        return f" {self.value}"
+
+
+def draw_facts(random: np.random.Generator, count: int, held_out: bool) -> list[Fact]:
+    """Facts that share no word of their names. Pairs of words are for evaluation (`held_out`) or for training."""
+    facts: list[Fact] = []
+    nouns = random.permutation(len(NOUNS)).tolist()
+    for adjective in random.permutation(len(ADJECTIVES))[:count].tolist():
+        noun = next(noun for noun in nouns if ((adjective + noun) % _HELD_OUT_EVERY == 0) == held_out)
+        nouns.remove(noun)
+        value = random.integers(10 ** (DIGITS - 1), 10**DIGITS)
+        facts.append(Fact(f"{ADJECTIVES[adjective]} {NOUNS[noun]}", str(value)))
+    return facts
+
+
+class Haystack:
+    """Text of a corpus in stretches of any length, as token ids, and where its sentences end."""
+
+    def __init__(self, corpus: str | Path, tokenizer: str | Path) -> None:
+        """`corpus`: prefix of a text corpus, or folder of them, prepared with the tokenizer in folder `tokenizer`."""
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer.encode_special_tokens = True  # what spells a special token in a needle or haystack is text
+        self._end_of_document = end_of_document_id(tokenizer, self.tokenizer)
+        self._corpora = [IndexedCorpus(prefix) for prefix in find_prefixes([corpus])]
+        self._firsts = np.cumsum([0, *(corpus.num_documents for corpus in self._corpora)])
+        if not sum(corpus.num_tokens for corpus in self._corpora):
+            raise DataError(f"{corpus}: holds no text to hide needles in.")
+        self._ends = sentence_ends(self.tokenizer)
+        self._between = self.encode("\n\n")
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_pair(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        """A question and its answer as one text, cut where the answer's first token begins."""
+        encoding = self.tokenizer.encode(question + answer, add_special_tokens=False)
+        cut = next(index for index, (_, end) in enumerate(encoding.offsets) if end > len(question))
+        return encoding.ids[:cut], encoding.ids[cut:]
+
+    def stretch(self, length: int, random: np.random.Generator) -> NDArray[np.int64]:
+        """`length` tokens: documents one after the other from a random one on, around again where they run out."""
+        parts: list[NDArray[np.int64]] = []
+        document, missing = int(random.integers(self._firsts[-1])), length
+        while missing > 0:
+            tokens = self._document(document)[:missing]
+            parts += [tokens, np.array(self._between, np.int64)]
+            missing -= len(tokens) + len(self._between)
+            document = (document + 1) % int(self._firsts[-1])
+        return np.concatenate([np.empty(0, np.int64), *parts])[:length]
+
+    def _document(self, number: int) -> NDArray[np.int64]:
+        which = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        tokens = self._corpora[which].read(number - int(self._firsts[which])).astype(np.int64)
+        if len(tokens) and tokens.max() >= len(self._ends):
+            raise DataError(
+                f"{self._corpora[which].prefix}: holds token id {tokens.max()}, but the tokenizer has "
+                f"{len(self._ends):,} tokens. Use the tokenizer that it was prepared with."
+            )
+        return tokens[:-1] if len(tokens) and tokens[-1] == self._end_of_document else tokens
+
+    def sentence_end(self, tokens: NDArray[np.int64], depth: float) -> int:
+        """Where a needle of depth 0 to 1 goes: behind the last sentence that ends before it; at depth 1, behind all."""
+        if depth >= 1:
+            return len(tokens)
+        ends = np.flatnonzero(self._ends[tokens[: int(len(tokens) * depth)]])
+        return int(ends[-1]) + 1 if len(ends) else 0
+
+    def hide(self, length: int, facts: Sequence[tuple[Fact, float]], random: np.random.Generator) -> list[int]:
+        """`length` tokens of text with facts at their depths among them."""
+        statements = [self.encode(fact.statement) for fact, _ in facts]
+        tokens = self.stretch(max(length - sum(map(len, statements)), 0), random)
+        places = [self.sentence_end(tokens, depth) for _, depth in facts]
+        hidden: list[int] = []
+        before = 0
+        for place, statement in sorted(zip(places, statements, strict=True), key=lambda pair: pair[0]):
+            hidden += [*tokens[before:place].tolist(), *statement]
+            before = place
+        return hidden + tokens[before:].tolist()
+
+
+def sentence_ends(tokenizer: tokenizers.Tokenizer) -> NDArray[np.bool_]:
+    """bool [vocabulary]: whether a sentence, or a line, ends with the token."""
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    texts = tokenizer.decode_batch([[number] for number in range(size)])
+    return np.array(["\n" in text or text.rstrip(" ").endswith((".", "!", "?", "。")) for text in texts], bool)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def write_training_data(
+    output: Path, haystack: Haystack, count: int, min_tokens: int, max_tokens: int, seed: int = 0
+) -> int:
+    """Writes `count` documents as JSON lines for `aria-train data prepare`; returns their tokens.
+
+    Lengths are log-uniform, from documents that are easily looked through to the longest. Each holds several facts and
+    asks for all of them at its end.
+    """
+    if not _SHORTEST <= min_tokens <= max_tokens:
+        raise DataError(
+            f"documents of {min_tokens} to {max_tokens} tokens: the shortest must have {_SHORTEST} or more and not be "
+            "longer than the longest."
+        )
+    aside, total = output.with_name(output.name + ".new"), 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with aside.open("w", encoding="utf-8") as file:
+        for text, tokens in training_documents(haystack, count, min_tokens, max_tokens, seed):
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            total += tokens
+    aside.replace(output)
+    return total
+
+
+def training_documents(
+    haystack: Haystack, count: int, min_tokens: int, max_tokens: int, seed: int
+) -> Iterator[tuple[str, int]]:
+    """(text, tokens) of each training document; none has more tokens than `max_tokens`, its last one included."""
+    for number in range(count):
+        random = np.random.default_rng([seed, number])
+        length = round(math.exp(random.uniform(math.log(min_tokens), math.log(max_tokens))))
+        yield _training_document(haystack, length, random)
+
+
+def _training_document(haystack: Haystack, length: int, random: np.random.Generator) -> tuple[str, int]:
+    most = min(max(length // _SHORTEST, 1), _MOST_FACTS)
+    facts = draw_facts(random, int(random.integers(1, most + 1)), held_out=False)
+    asked = random.permutation(len(facts)).tolist()
+    questions = "".join(f"{facts[index].question}{facts[index].answer}." for index in asked)
+    depths = random.uniform(0, 1, len(facts)).tolist()
+    room = length - 1 - len(haystack.encode(questions))
+    # Text cut out of a corpus may need a token more when it is tokenized again: then there is less of it.
+    state = random.bit_generator.state
+    while True:
+        random.bit_generator.state = state
+        hidden = haystack.hide(room, list(zip(facts, depths, strict=True)), random)
+        text = haystack.tokenizer.decode(hidden, skip_special_tokens=False) + questions
+        excess = len(haystack.encode(text)) + 1 - length
+        if excess <= 0:
+            return text, length + excess
+        if room <= 0:
+            raise DataError(
+                f"{length} tokens do not hold {len(facts)} fact(s) and as many questions in this tokenizer's tokens. "
+                "Let the shortest documents be longer."
+            )
+        room -= excess
