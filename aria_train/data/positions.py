@@ -34,8 +34,8 @@ def _buckets(count: int, grid: int) -> NDArray[np.int64]:
 def _boundaries(grid: int) -> NDArray[np.float32]:
     """`torch.arange(1 / grid, 1.0, 1 / grid)` to the last bit, which decides on which side of a boundary a patch falls.
 
-    Torch fills whole pairs of 8 lanes as float32(start of the lanes) + lane * step and the rest as start + index * step,
-    both in double before the final rounding.
+    Torch fills whole pairs of 8 lanes as float32(start of the lanes) + lane * step and the rest as start + index *
+    step, both in double before the final rounding.
     """
     step = 1.0 / grid
     index = np.arange(max(0, math.ceil((1.0 - step) / step)))
