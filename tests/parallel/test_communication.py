@@ -156,7 +156,7 @@ def test_bytes_of_a_step_are_those_of_the_parameters(name: str, observed: Any) -
 def test_replicas_add_their_shards_once(observed: Any) -> None:
     """Hybrid sharding: one more all-reduce per unit, of a shard, and otherwise the three small ones of every step."""
     rank = observed["2 replicas of EP 2"][0]
-    small = observed["EP 2"][0]
+    small = observed["EP 2 x ZeRO 2, micro-batch 1"][0]
     assert rank["calls"]["allreduce_"] == small["calls"]["allreduce_"] + UNITS
     assert rank["bytes"]["allreduce_"] == small["bytes"]["allreduce_"] + rank["held"]["master"]
 
