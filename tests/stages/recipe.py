@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from PIL import Image
+from torch import Tensor
 
 from aria_train.config import VisionConfig
 from aria_train.data import images
 from aria_train.data.multimodal_store import Placement, Sample, Writer
+from aria_train.parallel import checkpoint
 from tests.tiny import MODEL, random_documents, write_corpus
 
 VISION: dict[str, Any] = {
@@ -184,3 +189,14 @@ def _stage(*parts: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
 
 def read_timeline(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / "timeline.jsonl").read_text().splitlines()]
+
+
+def saved_tensors(run_dir: Path) -> dict[str, Tensor]:
+    """Every tensor of a run's newest checkpoint, whole."""
+    folder = checkpoint.resolve(run_dir)
+    stored = checkpoint.reader(folder).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in stored.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, storage_reader=checkpoint.reader(folder), no_dist=True)
+    return tensors
