@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     from aria_train.data import commands as data_commands
     from aria_train.eval import commands as eval_commands
+    from aria_train.parallel import checkpoint_commands
 
     parser = argparse.ArgumentParser(
         prog="aria-train",
@@ -54,6 +55,7 @@ def _build_parser() -> argparse.ArgumentParser:
     data_commands.register(subparsers)
     _register_weights(subparsers)
     eval_commands.register(subparsers)
+    checkpoint_commands.register(subparsers)
     return parser
 
 
