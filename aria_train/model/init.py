@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ def initialise(model: nn.Module, std: float, seed: int) -> None:
         elif parameter.ndim == 1:
             shard.fill_(1.0)
         else:
-            _fill_normal(shard, offsets, parameter.shape, std, (seed << 32) + zlib.crc32(name.encode()))
+            _fill_normal(shard, offsets, parameter.shape, std, f"{seed}/{name}")
 
 
 def local_shard(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -33,14 +33,19 @@ def local_shard(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return shard, tuple(offsets)
 
 
-def _fill_normal(shard: Tensor, offsets: tuple[int, ...], shape: torch.Size, std: float, seed: int) -> None:
+def _fill_normal(shard: Tensor, offsets: tuple[int, ...], shape: torch.Size, std: float, key: str) -> None:
     """Draws the whole tensor (one slab of a 3-D one at a time, so that no rank draws experts it does not hold)."""
     generator = torch.Generator(shard.device)
     slabs = range(shard.shape[0]) if len(shape) == 3 else [None]
     for slab in slabs:
-        generator.manual_seed((seed + (0 if slab is None else (offsets[0] + slab) * 2654435761)) % 2**63)
+        generator.manual_seed(_hash(key if slab is None else f"{key}/{offsets[0] + slab}"))
         target = shard if slab is None else shard[slab]
         starts = offsets if slab is None else offsets[1:]
         whole = torch.empty(shape if slab is None else shape[1:], dtype=torch.float32, device=shard.device)
         whole.normal_(0.0, std, generator=generator)
         target.copy_(whole[tuple(slice(s, s + n) for s, n in zip(starts, target.shape, strict=True))])
+
+
+def _hash(key: str) -> int:
+    """63 bits, all mixed: generators on the CPU use only the lower 32 bits of their seed."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
