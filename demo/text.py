@@ -19,7 +19,7 @@ DATA = Path("data/small")
 SOURCES = DATA / "raw" / "python.jsonl"
 TOKENIZER = DATA / "tokenizer"
 CORPUS = DATA / "text"
-VOCABULARY = 4096
+VOCABULARY = 1024
 HOLDOUT_FRACTION = 0.02
 
 
