@@ -229,6 +229,22 @@ class ScheduleConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters: they alone are trained and saved, everything else stays as `checkpoint.init_from` has it."""
+
+    rank: Positive = 16
+    alpha: AboveZero = 32.0
+    """Adapters count alpha / rank times."""
+    targets: Annotated[list[Literal["attention", "experts"]], Field(min_length=1)] = ["attention", "experts"]
+    """What gets adapters: the projections of the attention, the weights of the routed experts."""
+    init_from: str | None = None
+    """Folder with `adapter_model.safetensors` that the adapters start from; null = afresh, changing nothing yet."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
 class TrainConfig(Section):
     """The loop."""
 
@@ -254,6 +270,8 @@ class TrainConfig(Section):
     """Held-out windows per evaluation, the same ones each time."""
     freeze: list[Part] = []
     """Parts of the model whose weights stay as they are."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -407,6 +425,13 @@ class RunConfig(Section):
                 raise ValueError(f"model.vision is null, but the configuration speaks of its parts: {sorted(named)}")
         if set(train.freeze) >= ({"decoder", "vision", "projector"} if model.vision else {"decoder"}):
             raise ValueError("train.freeze names every part of the model: nothing is left to train")
+        if train.lora is not None and train.freeze:
+            raise ValueError("train.lora freezes all weights; take train.freeze out")
+        if train.lora is not None and "experts" in train.lora.targets and train.lora.rank % multiple:
+            raise ValueError(
+                f"train.lora.rank {train.lora.rank} must be a multiple of {multiple} with adapters on experts and "
+                f"train.precision {train.precision}"
+            )
         if self.evaluation.visual_needle is not None and self.evaluation.visual_needle.questions is None:
             raise ValueError("evaluation.visual_needle needs questions: a prepared corpus of questions about images")
         if self.schedule.kind == "wsd" and not self.schedule.decay_tokens:

@@ -12,15 +12,18 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 @torch.no_grad()
 def initialise(model: nn.Module, std: float, seed: int) -> None:
-    """Fills every parameter, or this rank's shard of it: matrices N(0, std), norm gains 1, biases 0."""
+    """Fills every parameter, or this rank's shard of it: matrices N(0, std), norm gains 1, biases 0, adapters such
+    that they change nothing yet."""
     for name, parameter in model.named_parameters():
         shard, offsets = local_shard(parameter)
-        if name.endswith("bias"):
+        if name.endswith(("bias", "lora_B")):
             shard.zero_()
         elif parameter.ndim == 1:
             shard.fill_(1.0)
         else:
-            _fill_normal(shard, offsets, parameter.shape, std, f"{seed}/{name}")
+            # Adapters as PEFT spreads them: they stand for a change, not for a weight.
+            spread = (3 * parameter.shape[1]) ** -0.5 if name.endswith("lora_A") else std
+            _fill_normal(shard, offsets, parameter.shape, spread, f"{seed}/{name}")
 
 
 def local_shard(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -21,9 +21,12 @@ class GroupedExperts(nn.Module):
 
     def forward(self, rows_SH: Tensor, offsets_E: Tensor) -> Tensor:
         """rows [S, H] sorted by expert; offsets int32 [E], end row of each expert -> [S, H]."""
-        gate_up_EHF, down_EFH = _local(self.gate_up), _local(self.down)
-        gate_SF, up_SF = F.grouped_mm(rows_SH, gate_up_EHF, offs=offsets_E).chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate_SF) * up_SF, down_EFH, offs=offsets_E)
+        gate_SF, up_SF = self.multiply("gate_up", rows_SH, offsets_E).chunk(2, dim=-1)
+        return self.multiply("down", F.silu(gate_SF) * up_SF, offsets_E)
+
+    def multiply(self, name: str, rows_SI: Tensor, offsets_E: Tensor) -> Tensor:
+        """Rows times the weights of that name, each row its expert's."""
+        return F.grouped_mm(rows_SI, local(getattr(self, name)), offs=offsets_E)
 
 
 class SharedExpert(nn.Module):
@@ -40,6 +43,6 @@ class SharedExpert(nn.Module):
         return out
 
 
-def _local(parameter: Tensor) -> Tensor:
+def local(parameter: Tensor) -> Tensor:
     """This rank's experts, where they are spread over an expert axis."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

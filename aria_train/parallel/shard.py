@@ -65,8 +65,9 @@ def spread_experts(layer: DecoderLayer, mesh: DeviceMesh) -> None:
         return
     experts = layer.moe.experts
     for name, parameter in list(experts.named_parameters()):
-        local = torch.empty(parameter.shape[0] // mesh.size(), *parameter.shape[1:], device=parameter.device)
-        setattr(experts, name, nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False)))
+        local = parameter.new_empty(parameter.shape[0] // mesh.size(), *parameter.shape[1:])
+        spread = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+        setattr(experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
     layer.moe.dispatcher = AllToAllDispatcher(mesh.get_group())
 
 
