@@ -427,6 +427,11 @@ class RunConfig(Section):
             raise ValueError("train.freeze names every part of the model: nothing is left to train")
         if train.lora is not None and train.freeze:
             raise ValueError("train.lora freezes all weights; take train.freeze out")
+        if train.lora is not None and (self.checkpoint.init_fresh or self.checkpoint.init_vision_from):
+            raise ValueError(
+                "train.lora trains adapters on checkpoint.init_from as it is; checkpoint.init_fresh and "
+                "checkpoint.init_vision_from would change it"
+            )
         if train.lora is not None and "experts" in train.lora.targets and train.lora.rank % multiple:
             raise ValueError(
                 f"train.lora.rank {train.lora.rank} must be a multiple of {multiple} with adapters on experts and "

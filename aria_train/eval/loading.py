@@ -15,6 +15,7 @@ from aria_train.model import AriaModel
 from aria_train.parallel import checkpoint
 from aria_train.parallel.mesh import Meshes, build_meshes, init_process_group, pick_device
 from aria_train.parallel.shard import parallelize
+from aria_train.train.adapters import load_whole
 
 
 @dataclass
@@ -85,7 +86,7 @@ def load_model(folder: checkpoint.Folder, config: RunConfig, device: torch.devic
 
 
 def _fill(model: AriaModel, folder: checkpoint.Folder) -> None:
-    checkpoint.load(folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    load_whole(folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
 
 
 def tokenizer_folder(given: str | None, config: RunConfig) -> str:

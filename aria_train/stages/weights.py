@@ -17,6 +17,7 @@ from aria_train.model.hf import model_config_from_hf, open_sink, read_tensors
 from aria_train.model.hf.checkpoint import read_distributed, write_distributed
 from aria_train.parallel import checkpoint
 from aria_train.parallel.checkpoint import Manifest
+from aria_train.train.adapters import MergingSink, bottom_of
 
 
 def run_import(args: argparse.Namespace) -> None:
@@ -44,7 +45,8 @@ def run_export(args: argparse.Namespace) -> None:
         _progress(f"exporting {folder}", bytes_per_value=dtype.itemsize) as advance,
         open_sink(args.hf_dir, config.model, dtype) as sink,
     ):
-        read_distributed(folder, sink, progress=advance)
+        base = bottom_of(folder)
+        read_distributed(base, sink if base == folder else MergingSink(sink, folder), progress=advance)
     print(f"{len(sink.shapes)} tensors in {args.dtype} -> {args.hf_dir}")
 
 

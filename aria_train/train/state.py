@@ -13,6 +13,7 @@ from aria_train.errors import CheckpointError
 from aria_train.model import AriaModel
 from aria_train.parallel import checkpoint
 from aria_train.parallel.checkpoint import Folder, Manifest
+from aria_train.train.adapters import BASE
 from aria_train.train.guard import GuardState
 
 
@@ -30,6 +31,8 @@ class TrainState:
     """Windows per epoch of every training source."""
     guard: GuardState = field(default_factory=GuardState)
     """Skipped steps, and what judges the next."""
+    base: Tensor | None = None
+    """What tells which checkpoint is beneath the adapters, where adapters are trained; then they alone are saved."""
     taken_over: set[str] = field(default_factory=set)
     """Parameters whose moments came from an earlier run: Adam has counted more steps for them than this run has."""
 
@@ -41,8 +44,11 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         """Every saved tensor by its global name; shards as DTensors. Creates optimizer state that is not there yet."""
         tensors: dict[str, Tensor] = {"train.expert_counts": self.expert_counts}
+        if self.base is not None:
+            tensors[BASE] = self.base
         for name, parameter in self.model.named_parameters():
-            tensors[f"model.{name}"] = parameter.detach()
+            if self.base is None or parameter.requires_grad:
+                tensors[f"model.{name}"] = parameter.detach()
             if parameter.requires_grad:
                 state = self.optimizer.state[parameter]
                 if not state:

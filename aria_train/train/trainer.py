@@ -26,11 +26,13 @@ from aria_train.data.loader import Loader
 from aria_train.errors import ConfigError, Stopped
 from aria_train.model import AriaModel
 from aria_train.model.aria import part_of
+from aria_train.model.lora import add_adapters, is_adapter
 from aria_train.parallel import checkpoint
 from aria_train.parallel.checkpoint import Saver
 from aria_train.parallel.collectives import sum_over_ranks
 from aria_train.parallel.mesh import build_meshes, init_process_group, pick_device
 from aria_train.parallel.shard import parallelize, set_last_micro_batch
+from aria_train.train.adapters import base_mark, base_of, load_whole, write_adapter_folder
 from aria_train.train.console import Console, peak_memory_gib
 from aria_train.train.evaluation import evaluate_loss
 from aria_train.train.guard import Guard
@@ -170,6 +172,9 @@ class Trainer:
         for name, parameter in model.named_parameters():
             if part_of(name) in config.train.freeze:
                 parameter.requires_grad_(False)
+        if config.train.lora is not None:
+            frozen_dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+            add_adapters(model, config.train.lora, frozen_dtype)
         parallelize(model, self.meshes, config.train.precision)
         model.to_empty(device=self.device)
         counts = torch.zeros(config.model.num_layers, config.model.num_experts, dtype=torch.float64, device=self.device)
@@ -186,15 +191,30 @@ class Trainer:
             self.console.message(sentence)
         if newest is not None:
             check_resumable(config, self.state.sources, newest)
+            if config.train.lora is not None:
+                self._lay_base(base_of(newest), fill=True)
             self.state.load(newest)
             self.console.message(f"resumed from {newest}")
             return
+        if config.train.lora is not None:
+            if config.checkpoint.init_from is None:
+                raise ConfigError("train.lora adapts a trained model; checkpoint.init_from must name its checkpoint.")
+            self._lay_base(checkpoint.resolve(config.checkpoint.init_from), fill=False)
         for line in fill_weights(self.state.model, config):
             self.console.message(line)
         if config.checkpoint.init_optimizer:
             if config.checkpoint.init_from is None:
                 raise ConfigError("checkpoint.init_optimizer is true, but checkpoint.init_from names no checkpoint.")
             self.console.message(self.state.take_over_moments(checkpoint.resolve(config.checkpoint.init_from)))
+
+    def _lay_base(self, base: checkpoint.Folder | None, fill: bool) -> None:
+        """Settles which checkpoint is beneath the adapters; with `fill`, its weights come in too."""
+        assert base is not None
+        self.config.checkpoint.init_from = str(base.absolute() if isinstance(base, Path) else base)
+        self.state.base = base_mark(base)
+        if fill:
+            weights = {f"model.{n}": p.detach() for n, p in self.state.model.named_parameters() if not is_adapter(n)}
+            load_whole(base, weights)
 
     def _report(self, metrics: dict[str, Any]) -> None:
         self.console.update(metrics)
@@ -239,11 +259,14 @@ class Trainer:
         """Starts to save; the files are written while training goes on."""
         self.pulse.saved()
         target = checkpoint.folder_of_step(self.home, self.state.step)
-        self.saver.save(target, self.state.tensors(), self.state.manifest(self.config), after=self._prune)
+        self.saver.save(target, self.state.tensors(), self.state.manifest(self.config), after=lambda: self._saved(target))
         self.watchdog.beat(self.state.step, "training")
 
-    def _prune(self) -> None:
+    def _saved(self, folder: checkpoint.Folder) -> None:
+        """Follows every checkpoint that was published."""
         if self.is_main:
+            if self.config.train.lora is not None:
+                write_adapter_folder(folder, self.run_dir / "adapter")
             checkpoint.prune(self.home, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_steps)
 
     def _close(self) -> None:
