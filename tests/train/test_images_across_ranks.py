@@ -3,7 +3,6 @@ in vain."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
