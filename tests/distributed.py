@@ -7,6 +7,7 @@ share nothing with each other or with earlier runs, and may be killed. They form
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import pickle
 import shutil
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import connection, get_context
+from pathlib import Path
 from typing import Any
 
 _CONTEXT = get_context("forkserver")
@@ -27,11 +29,11 @@ class RankFailure(AssertionError):
     """A rank raised, died, or did not come back in time."""
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
     """Calls `function(*args)` on every rank of a fresh process group; returns what each rank returned.
 
     The function is found by its module and name, arguments and results travel by pickle. Raises RankFailure, with
-    the tracebacks of the ranks that raised, if any rank fails or `timeout` seconds pass; no process is left behind.
+    the tracebacks of the ranks that raised or hung, if any rank fails or `timeout` seconds pass; no process is left.
     """
     outcomes = launch(function, world_size, *args, timeout=timeout)
     failed = [f"rank {rank}: {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, RankFailure)]
@@ -40,7 +42,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     return outcomes
 
 
-def launch(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def launch(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
     """Like `run_distributed`, but a rank that fails gives a RankFailure in its place. As under torchrun, the first
     failure ends the other ranks; those that it ended give a RankFailure too."""
     folder = tempfile.mkdtemp(prefix="ranks-")
@@ -54,7 +56,8 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any, timeout: f
             process.start()
             sender.close()
             ranks.append((process, receiver))
-        return _collect(ranks, timeout)
+        outcomes = _collect(ranks, timeout)
+        return [_where(ranks[n][0], folder, n) if outcome is _SILENT else outcome for n, outcome in enumerate(outcomes)]
     finally:
         for process, receiver in ranks:
             process.kill()
@@ -64,11 +67,10 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any, timeout: f
 
 
 def _collect(ranks: list[Any], timeout: float) -> list[Any]:
-    """What each rank sends before its pipe closes; after a failure the others have two seconds more."""
+    """What each rank sends before its pipe closes; after a failure the others have two seconds more to send it."""
     outcomes: list[Any] = [_SILENT] * len(ranks)
     waiting = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
     deadline = time.monotonic() + timeout
-    reason = f"still running after {timeout:.0f} s"
     while waiting:
         ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
@@ -78,8 +80,17 @@ def _collect(ranks: list[Any], timeout: float) -> list[Any]:
             outcomes[rank] = _receive(receiver, ranks[rank][0])
             if isinstance(outcomes[rank], RankFailure):
                 deadline = min(deadline, time.monotonic() + 2)
-                reason = f"ended because rank {rank} failed"
-    return [RankFailure(reason) if outcome is _SILENT else outcome for outcome in outcomes]
+    return outcomes
+
+
+def _where(process: Any, folder: str, rank: int) -> RankFailure:
+    """Asks a rank that says nothing for its stacks."""
+    stacks = Path(folder, f"stacks_{rank}")
+    if stacks.exists():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+    return RankFailure("had to be ended while at:\n" + (stacks.read_text() if stacks.exists() else "its start"))
 
 
 def _receive(receiver: Any, process: Any) -> Any:
@@ -101,6 +112,7 @@ def _work(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, file=open(f"{folder}/stacks_{rank}", "w"))  # noqa: SIM115
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     try:
         store = dist.FileStore(f"{folder}/store", world_size)
