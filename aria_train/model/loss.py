@@ -31,30 +31,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
         losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if with_grad else None
-        # Sums over chunks stay in float32 whatever the weights are in.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
+        # Sums over chunks stay in float32 whatever the weights are in. A frozen head needs none.
+        train_weight = with_grad and ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train_weight else None
         rows = max(1, _CHUNK_LOGITS // weight.shape[0])
         for start in range(0, x.shape[0], rows):
             part = slice(start, start + rows)
             logits = (x[part] @ weight.T).float()
             log_partition = logits.logsumexp(-1)
             losses[part] = log_partition - logits.gather(1, labels[part, None]).squeeze(1)
-            if grad_x is not None and grad_weight is not None:
-                grad = logits.sub_(log_partition[:, None]).exp_()
-                grad[torch.arange(grad.shape[0], device=grad.device), labels[part]] -= 1
-                grad = grad.to(x.dtype)
-                torch.mm(grad, weight, out=grad_x[part])
-                if x.dtype == torch.float32:
-                    grad_weight.addmm_(grad.T, x[part])
-                else:
-                    grad_weight += grad.T @ x[part]
-        if grad_x is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_x, grad_weight)
-            ctx.dtype = weight.dtype
+            if grad_x is None:
+                continue
+            grad = logits.sub_(log_partition[:, None]).exp_()
+            grad[torch.arange(grad.shape[0], device=grad.device), labels[part]] -= 1
+            grad = grad.to(x.dtype)
+            torch.mm(grad, weight, out=grad_x[part])
+            if grad_weight is not None and x.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, x[part])
+            elif grad_weight is not None:
+                grad_weight += grad.T @ x[part]
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses.double().sum().float(), losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), (grad_weight * grad).to(ctx.dtype), None, None
+        scaled = None if grad_weight is None else (grad_weight * grad).to(ctx.dtype)
+        return grad_x * grad.to(grad_x.dtype), scaled, None, None

@@ -259,7 +259,8 @@ class Trainer:
         """Starts to save; the files are written while training goes on."""
         self.pulse.saved()
         target = checkpoint.folder_of_step(self.home, self.state.step)
-        self.saver.save(target, self.state.tensors(), self.state.manifest(self.config), after=lambda: self._saved(target))
+        manifest = self.state.manifest(self.config)
+        self.saver.save(target, self.state.tensors(), manifest, after=lambda: self._saved(target))
         self.watchdog.beat(self.state.step, "training")
 
     def _saved(self, folder: checkpoint.Folder) -> None:
