@@ -17,6 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from aria_train.config import ModelConfig, RunConfig
 from aria_train.data.publish import replacing
@@ -89,7 +90,7 @@ def bottom_of(folder: Folder) -> Folder:
     return folder if base is None else bottom_of(base)
 
 
-class MergingSink:
+class MergingSink(TensorSink):
     """A sink of Hugging Face weights that is fed from the bottom checkpoint, and adds all adapters above it."""
 
     def __init__(self, sink: TensorSink, folder: Folder) -> None:
@@ -122,7 +123,11 @@ def read_adapters(folder: Folder) -> Adapters:
 def _read(folder: Folder, names: Collection[str]) -> dict[str, Tensor]:
     """Tensors of a checkpoint, whole, without other ranks."""
     stored = checkpoint.reader(folder).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        entry = stored[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(dict(tensors), storage_reader=checkpoint.reader(folder), no_dist=True)
