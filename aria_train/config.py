@@ -548,7 +548,7 @@ def _apply_override(raw: dict[str, Any], lines: Lines, override: str) -> None:
         raise ConfigError(f"command line: {override}: the value is not valid YAML.") from None
     target: Any = raw
     for part in at[:-1]:
-        if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+        if isinstance(target, list) and part.isdecimal() and int(part) < len(target):
             target = target[int(part)]
             continue
         if isinstance(target, dict) and target.get(part) is None:
@@ -557,7 +557,7 @@ def _apply_override(raw: dict[str, Any], lines: Lines, override: str) -> None:
         if not isinstance(target, (dict, list)):
             raise ConfigError(f"command line: {override}: {part} is not a section.")
     if isinstance(target, list):
-        if not at[-1].isdigit() or int(at[-1]) >= len(target):
+        if not at[-1].isdecimal() or int(at[-1]) >= len(target):
             raise ConfigError(f"command line: {override}: {'.'.join(at[:-1])} has entries 0 to {len(target) - 1}.")
         target[int(at[-1])] = value
     else:
@@ -630,7 +630,7 @@ def _keys_of(at: tuple[str, ...]) -> set[str]:
     """Field names of the section at a key path."""
     section: Any = RunConfig
     for part in at:
-        if part.isdigit():
+        if part.isdecimal():
             continue
         field = section.model_fields.get(part)
         section = _section_in(field.annotation) if field else None
