@@ -50,6 +50,12 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", metavar="CONFIG", help="the stage's YAML file")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the file's")
+    train.add_argument(
+        "--replay-step",
+        type=int,
+        metavar="N",
+        help="take step N of an earlier run again, looking at each window of its batch; changes nothing",
+    )
     train.set_defaults(run=_train)
     _register_curriculum(subparsers)
     data_commands.register(subparsers)
@@ -106,7 +112,7 @@ def _train(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     from aria_train.train.session import run_stage
 
-    run_stage(config)
+    run_stage(config, args.replay_step)
 
 
 def _print_error(error: UserError) -> None:

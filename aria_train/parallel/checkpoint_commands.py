@@ -43,7 +43,7 @@ def run_verify(args: argparse.Namespace) -> None:
             raise CheckpointError(f"{path} holds no checkpoint.")
         for folder in folders:
             try:
-                checkpoint.verify(folder, again=True)
+                checkpoint.verify(folder)
             except CheckpointError as error:
                 damaged += 1
                 print(error, flush=True)

@@ -74,14 +74,14 @@ class TrainState:
         )
 
     def load(self, folder: Folder) -> None:
-        """Takes over everything from a checkpoint of the same run, at any layout. Collective."""
+        """Takes over everything from a checkpoint of the same run that was just verified, at any layout. Collective."""
         manifest = checkpoint.read_manifest(folder)
         self.step = manifest.step
         # In place: the guard holds on to its state.
         vars(self.guard).update(vars(GuardState(**manifest.guard)))
         stored = checkpoint.stored_shapes(folder)
         self.taken_over = {name for name, _ in self._trained() if f"optimizer.{name}.step" in stored}
-        checkpoint.load(folder, self.tensors())
+        checkpoint.load(folder, self.tensors(), verified=True)
         for name, parameter in self._trained():
             if name not in self.taken_over:
                 self.optimizer.state[parameter]["step"].fill_(float(self.updates))

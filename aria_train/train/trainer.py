@@ -24,6 +24,7 @@ from aria_train.batch import MicroBatch
 from aria_train.config import RunConfig, check_world, dump_config
 from aria_train.data.loader import Loader
 from aria_train.errors import ConfigError, Stopped
+from aria_train.eval.probes import Probes
 from aria_train.model import AriaModel
 from aria_train.model.aria import part_of
 from aria_train.model.lora import add_adapters, is_adapter
@@ -68,6 +69,7 @@ class Trainer:
         self.saver = Saver(config.checkpoint.asynchronous, self.console.message)
         hangs = self.run_dir / "logs" / "hangs"
         self.watchdog = Watchdog(config.guard.hang_minutes * 60, self.meshes.rank, self.meshes.world_size, hangs)
+        self.probes = Probes(config, self.meshes)
         self.writer: MetricsWriter | None = None
         if self.is_main and replay_step is None:
             self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -89,19 +91,24 @@ class Trainer:
             if state.step == 0:
                 self._evaluate()
             while state.step < config.total_steps and not self.pulse.stop_asked:
-                self._report(self._step(self.pulse.next_batches(self.loader)))
-                if self.guard.wants_rollback:
-                    self._roll_back()
+                self.advance(self.pulse.next_batches(self.loader))
                 last = state.step == config.total_steps
-                if last or _due(state.step, config.train.eval_interval_steps):
-                    self._evaluate()
+                self._evaluate(last)
                 if last or self.pulse.stop_asked or self._save_is_due():
                     self._save()
             self.saver.finish()
             if state.step < config.total_steps:
                 raise Stopped(f"stopped on request and saved after step {state.step} of {config.total_steps}")
         finally:
-            self._close()
+            self.close()
+
+    def advance(self, batches: list[MicroBatch]) -> dict[str, Any]:
+        """One step and its report, and the rollback that it may call for. Returns its metrics."""
+        metrics = self._step(batches)
+        self._report(metrics)
+        if self.guard.wants_rollback:
+            self._roll_back()
+        return metrics
 
     def _step(self, batches: list[MicroBatch]) -> dict[str, Any]:
         """One optimizer step on the global batch; returns its metrics, the same on every rank."""
@@ -237,22 +244,27 @@ class Trainer:
         to_step, folder = roll_back(self.state, self.guard, self.home)
         self._log_skip({}, to_step, f"rolled back to the weights of {folder}")
 
-    def _evaluate(self) -> None:
-        if not self.config.train.eval_interval_steps or not self.config.data.validation:
+    def _evaluate(self, last: bool = False) -> None:
+        """Held-out loss, and what the `evaluation` section asks for, where this step is one for them."""
+        config, state = self.config, self.state
+        probing = _falls_on(state.step, config.evaluation.interval_steps, last)
+        if not probing and not _falls_on(state.step, config.train.eval_interval_steps, last):
             return
-        self.watchdog.beat(self.state.step, "evaluating")
-        self.state.model.rope_base = self.config.rope_base_at(self.state.step * self.config.tokens_per_step)
-        losses = evaluate_loss(self.state.model, self.config, self.meshes)
-        self.console.message(
-            f"step {self.state.step}: held-out loss " + ", ".join(f"{k} {v:.4f}" for k, v in losses.items())
-        )
+        self.watchdog.beat(state.step, "evaluating")
+        state.model.rope_base = config.rope_base_at(state.step * config.tokens_per_step)
+        figures = evaluate_loss(state.model, config, self.meshes) if config.data.validation else {}
+        if probing:
+            figures |= self.probes.run(state.model, state.step)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        self.console.message(f"step {state.step}: held-out {shown}")
         if self.writer is not None:
-            step, tokens = self.state.step, self.state.step * self.config.tokens_per_step
-            self.writer.log_evaluation({"stage": self.config.stage, "step": step, "tokens": tokens, **losses})
+            tokens = state.step * config.tokens_per_step
+            self.writer.log_evaluation({"stage": config.stage, "step": state.step, "tokens": tokens, **figures})
+        self.watchdog.beat(state.step, "training")
 
     def _save_is_due(self) -> bool:
         """By steps or by the clock; but a state that was just refused an update is one that is saved already."""
-        due = self.pulse.save_due or _due(self.state.step, self.config.checkpoint.interval_steps)
+        due = self.pulse.save_due or _falls_on(self.state.step, self.config.checkpoint.interval_steps)
         return due and not self.state.guard.streak
 
     def _save(self) -> None:
@@ -270,7 +282,8 @@ class Trainer:
                 write_adapter_folder(folder, self.run_dir / "adapter")
             checkpoint.prune(self.home, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_steps)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Lets go of threads and files."""
         self.watchdog.stop()
         self.saver.close()
         self.loader.close()
@@ -279,8 +292,9 @@ class Trainer:
             self.writer.close()
 
 
-def _due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
+def _falls_on(step: int, interval: int, last: bool = False) -> bool:
+    """Whether something that happens every `interval` steps (0: never), and at the last, happens after this one."""
+    return interval > 0 and (last or step % interval == 0)
 
 
 def train(config: RunConfig) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from aria_train.errors import CheckpointError
 from aria_train.model.aria import part_of
-from aria_train.parallel.checkpoint.manifest import MANIFEST, read_manifest
+from aria_train.parallel.checkpoint.manifest import read_manifest
 from aria_train.parallel.checkpoint.storage import Folder, RemotePath, size_of
 from aria_train.parallel.collectives import gather_objects
 
@@ -31,14 +31,18 @@ _LARGEST_INDEX = 2**32
 _BLOCK = 1 << 22
 
 
-def load(folder: Folder, tensors: Mapping[str, Tensor], parts: Collection[str] | None = None) -> None:
+def load(
+    folder: Folder, tensors: Mapping[str, Tensor], parts: Collection[str] | None = None, verified: bool = False
+) -> None:
     """Fills the tensors, at whatever layout they have now, from a checkpoint. Collective.
 
     Tensors are filled in place, from one saved shard at a time. Raises CheckpointError, before anything is filled, if
     a file is damaged, or if the checkpoint lacks one of the tensors or holds it in another shape. Model tensors that it
-    has beyond them are an error too, unless they belong to a part of the model that is not among `parts`.
+    has beyond them are an error too, unless they belong to a part of the model that is not among `parts`. `verified`
+    says that `verify` has just passed, and need not be repeated.
     """
-    verify(folder)
+    if not verified:
+        verify(folder)
     check_names(folder, tensors, parts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -76,35 +80,20 @@ def stored_shapes(folder: Folder) -> dict[str, tuple[int, ...]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checksums
 
-_verified: set[tuple[str, int]] = set()
-"""(folder, checksum of its manifest) of the checkpoints that this process has taken part in verifying."""
 
-
-def verify(folder: Folder, again: bool = False) -> None:
+def verify(folder: Folder) -> None:
     """Compares every file with its checksum, each rank a share of them. Collective where there is a process group.
 
-    Raises CheckpointError, on all ranks alike, naming the damaged files. A checkpoint that was verified before is not
-    read `again` unless told to.
+    Raises CheckpointError, on all ranks alike, naming the damaged file.
     """
     damaged: str | None = None
-    key = (str(folder), 0)
     try:
-        manifest = read_manifest(folder)
-        key = (str(folder), fingerprint(folder / MANIFEST)["crc32"])
-        if again or not _known(key):
-            damaged = _compare(folder, manifest.files)
+        damaged = _compare(folder, read_manifest(folder).files)
     except CheckpointError as error:
         damaged = str(error)
     reports = [report for report in gather_objects(damaged) if report]
     if reports:
-        _verified.discard(key)
         raise CheckpointError(reports[0])
-    _verified.add(key)
-
-
-def _known(key: tuple[str, int]) -> bool:
-    """Whether all ranks verified it: one that joined later (or a different group) has it read once more."""
-    return all(gather_objects(key in _verified))
 
 
 def _compare(folder: Folder, files: Mapping[str, Mapping[str, int]]) -> str | None:
