@@ -349,6 +349,8 @@ class EvaluationConfig(Section):
     """Facts in long text."""
     visual_needle: NeedleConfig | None = None
     """Images among many."""
+    answers: str | None = None
+    """Prepared corpus of conversations, or a file of them: share of last questions answered word for word."""
     experts: bool = False
     """Which experts see and which read, over `train.eval_windows` windows of each source of `data.validation`."""
 

@@ -8,22 +8,23 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from aria_train.config import NeedleConfig, RunConfig
 from aria_train.data.multimodal_store import META
+from aria_train.data.needles import Haystack
 from aria_train.errors import ConfigError, DataError
-from aria_train.eval.answers import read_questions, read_samples
+from aria_train.eval.answers import AnswerResult, answer_questions, read_questions, read_samples
 from aria_train.eval.experts import VISUAL_ABOVE, ExpertUse, count_expert_use
 from aria_train.eval.needle import Grid, NeedleResult, Needles, TextNeedles, VisualNeedles, default_lengths, even_depths
 from aria_train.eval.needle import run_needles as run_grid
-from aria_train.eval.needle_data import Haystack
-from aria_train.eval.prompts import Picture, PromptWriter
+from aria_train.eval.prompts import Picture, Prompt, PromptWriter
 from aria_train.model import AriaModel
 from aria_train.parallel.mesh import Meshes
 
+_SHEET_IMAGES = 64
 _MOST_PICTURES = 4096
 """Images of a visual haystack held in memory, compressed."""
 
@@ -41,6 +42,11 @@ class Probes:
             self._needles.append(
                 (open_visual_needles(asked.visual_needle, config), grid_of(asked.visual_needle, config))
             )
+        if asked.answers is not None:
+            if config.data.tokenizer is None:
+                raise ConfigError("evaluation.answers compares words, but data.tokenizer names no tokenizer.")
+            self._writer = PromptWriter(config.data.tokenizer, config.model)
+            self._questions = read_questions(asked.answers, self._writer)
         if asked.experts and not config.data.validation:
             raise ConfigError("evaluation.experts counts over data.validation, which names no source.")
 
@@ -51,6 +57,12 @@ class Probes:
             result = run_grid(model, self.meshes, needles, grid, batch_tokens(self.config))
             figures |= needle_figures(result)
             self._write(f"needle_{needles.name}", step, result.as_json(), needle_drawing(result, self._title(step)))
+        if self.config.evaluation.answers is not None:
+            budget = batch_tokens(self.config)
+            answers = answer_questions(model, self.meshes, self._questions, self._writer, budget)
+            figures["answers_accuracy"] = answers.accuracy
+            drawing = answer_drawing(self._questions, answers, self._title(step))
+            self._write("answers", step, answers.as_json(), drawing)
         if self.config.evaluation.experts:
             use = count_expert_use(model, self.config, self.meshes)
             figures |= expert_figures(use)
@@ -60,7 +72,7 @@ class Probes:
     def _title(self, step: int) -> str:
         return f"{self.config.stage}, step {step:,}"
 
-    def _write(self, name: str, step: int, result: dict[str, Any], draw: Callable[[Path], None]) -> None:
+    def _write(self, name: str, step: int, result: dict[str, Any], draw: Callable[[Path], None] | None) -> None:
         if self.meshes.rank == 0:
             write_report(Path(self.config.train.run_dir) / "report", f"{name}_step_{step:08d}", result, draw)
 
@@ -148,6 +160,17 @@ def expert_drawing(use: ExpertUse, title: str) -> Callable[[Path], None]:
     from aria_train.eval.figures import draw_experts
 
     return lambda path: draw_experts(path, use, f"Which experts see: {title}")
+
+
+def answer_drawing(prompts: Sequence[Prompt], result: AnswerResult, title: str) -> Callable[[Path], None] | None:
+    """What draws the first questions with an image beside their answers; None where no question has one."""
+    seen = [(p.pictures[0].data, a) for p, a in zip(prompts, result.answers, strict=True) if p.pictures]
+    if not seen:
+        return None
+    from aria_train.eval.figures import draw_answers
+
+    images, answers = zip(*seen[:_SHEET_IMAGES], strict=True)
+    return lambda path: draw_answers(path, images, answers, title)
 
 
 def write_report(folder: Path, stem: str, result: dict[str, Any], draw: Callable[[Path], None] | None) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ import pydantic
 from aria_train.config import NeedleConfig, RunConfig, SourceConfig
 from aria_train.errors import ConfigError
 from aria_train.eval import probes
-from aria_train.eval.answers import AnswerResult, answer_questions, read_questions
+from aria_train.eval.answers import answer_questions, read_questions
 from aria_train.eval.experts import count_expert_use
 from aria_train.eval.loading import Loaded, load_for_eval, tokenizer_folder
 from aria_train.eval.loss import evaluate_loss, most_batches
 from aria_train.eval.needle import run_needles
 from aria_train.eval.progress import progress_bar
-from aria_train.eval.prompts import Prompt, PromptWriter
+from aria_train.eval.prompts import PromptWriter
 from aria_train.parallel.job import orderly_end
 
 _SHEET_IMAGES = 64
@@ -90,18 +90,12 @@ def run_answers(args: argparse.Namespace) -> None:
         name = Path(args.questions).name.removesuffix(".jsonl")
         title = f"{name}: {result.accuracy:.1%} right, {loaded.title}"
         lines = [f"{result.accuracy:.1%} of {len(prompts):,} answers are right, word for word"]
-        report(f"answers_{name}", {"source": args.questions, **result.as_json()}, sheet(prompts, result, title), lines)
-
-
-def sheet(prompts: Sequence[Prompt], result: AnswerResult, title: str) -> Callable[[Path], None] | None:
-    """What draws the first questions with an image beside their answers; None where no question has one."""
-    seen = [(p.pictures[0].data, a) for p, a in zip(prompts, result.answers, strict=True) if p.pictures]
-    if not seen:
-        return None
-    from aria_train.eval.figures import draw_answers
-
-    images, answers = zip(*seen[:_SHEET_IMAGES], strict=True)
-    return lambda path: draw_answers(path, images, answers, title)
+        report(
+            f"answers_{name}",
+            {"source": args.questions, **result.as_json()},
+            probes.answer_drawing(prompts, result, title),
+            lines,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
