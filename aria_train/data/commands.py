@@ -17,6 +17,7 @@ def register(subparsers: Any) -> None:
     _register_tokenizer(commands)
     _register_prepare(commands)
     _register_concatenate(commands)
+    _register_needles(commands)
     _register_inspect(commands)
 
 
@@ -133,6 +134,23 @@ def _register_concatenate(commands: Any) -> None:
     parser.set_defaults(run=_concatenate)
 
 
+def _register_needles(commands: Any) -> None:
+    parser = commands.add_parser(
+        "needles",
+        help="write documents that hide facts in a corpus and ask for them",
+        description="Writes documents, as JSON lines for `data prepare`, that hide facts in the text of a corpus and "
+        "ask for them at their end: what `eval needle` tests, with names that it never asks for.",
+    )
+    parser.add_argument("output", metavar="FILE", help="JSON lines to write")
+    parser.add_argument("corpus", metavar="PREFIX", help="text corpus to hide facts in")
+    parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the corpus's tokenizer")
+    parser.add_argument("--documents", type=int, required=True, metavar="N", help="how many to write")
+    parser.add_argument("--min-tokens", type=int, default=256, metavar="N", help="of the shortest (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, required=True, metavar="N", help="of the longest")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed writes others (%(default)s)")
+    parser.set_defaults(run=_needles)
+
+
 def _register_inspect(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
@@ -179,6 +197,17 @@ def _concatenate(args: argparse.Namespace) -> None:
     from aria_train.data import prepare_long
 
     prepare_long.concatenate(args)
+
+
+def _needles(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from aria_train.data.needles import Haystack, write_training_data
+
+    haystack = Haystack(args.corpus, args.tokenizer)
+    size = args.documents, args.min_tokens, args.max_tokens
+    tokens = write_training_data(Path(args.output), haystack, *size, seed=args.seed)
+    print(f"{args.output}: {args.documents:,} documents, {tokens:,} tokens")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -129,6 +129,6 @@ def _mean(table: Sequence[Sequence[float]]) -> float:
 
 
 def _short(text: str) -> str:
-    """Fits over an image; matplotlib would read dollars as formulas."""
-    one_line = " ".join(text.split()).replace("$", r"\$")
-    return one_line if len(one_line) <= 14 else f"{one_line[:13]}…"
+    """Fits over an image, in characters that the figure's font has; matplotlib would read dollars as formulas."""
+    one_line = "".join(c if c.isprintable() and ord(c) < 0x250 else "·" for c in " ".join(text.split()))
+    return (one_line if len(one_line) <= 14 else f"{one_line[:13]}…").replace("$", r"\$")

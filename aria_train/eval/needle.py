@@ -1,6 +1,6 @@
 """Needle in a haystack: does a model find one fact in a long context, wherever it stands?
 
-A grid of lengths by depths. Text needles are facts in a corpus (`needle_data`); visual needles are questions about one
+A grid of lengths by depths. Text needles are facts in a corpus (`data.needles`); visual needles are questions about one
 image among many others (V-NIAH, Zhang et al., arXiv 2406.16852). Depth 0 is the beginning, 1 the end. A cell is found
 when most of its trials are.
 """
@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from aria_train.data.needles import Haystack, draw_facts
 from aria_train.errors import ConfigError
-from aria_train.eval.needle_data import Haystack, draw_facts
 from aria_train.eval.progress import Advance, no_progress
 from aria_train.eval.prompts import Picture, Prompt, PromptWriter
 from aria_train.eval.scoring import Greedy, Questions, score_questions
@@ -66,7 +66,7 @@ class Needles(Protocol):
 
 
 class TextNeedles:
-    """Facts in a corpus, none of which occurs in training data made with `needle_data`."""
+    """Facts in a corpus, none of which occurs in training data made with `data.needles`."""
 
     name = "text"
 

@@ -18,8 +18,9 @@ def no_progress(_count: int) -> None:
 
 @contextmanager
 def progress_bar(what: str, total: int, shown: bool) -> Iterator[Advance]:
-    """A bar that lasts as long as the block, on the one rank that shows it."""
+    """A bar that lasts as long as the block, on the one rank that shows it and where there is a terminal."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
