@@ -20,6 +20,7 @@ from aria_train.eval.answers import AnswerResult, answer_questions, read_questio
 from aria_train.eval.experts import VISUAL_ABOVE, ExpertUse, count_expert_use
 from aria_train.eval.needle import Grid, NeedleResult, Needles, TextNeedles, VisualNeedles, default_lengths, even_depths
 from aria_train.eval.needle import run_needles as run_grid
+from aria_train.eval.progress import Advance, no_progress
 from aria_train.eval.prompts import Picture, Prompt, PromptWriter
 from aria_train.model import AriaModel
 from aria_train.parallel.mesh import Meshes
@@ -50,21 +51,21 @@ class Probes:
         if asked.experts and not config.data.validation:
             raise ConfigError("evaluation.experts counts over data.validation, which names no source.")
 
-    def run(self, model: AriaModel, step: int) -> dict[str, float]:
+    def run(self, model: AriaModel, step: int, advance: Advance = no_progress) -> dict[str, float]:
         """Figures by name, the same on every rank; rank 0 writes the reports. Collective."""
         figures: dict[str, float] = {}
         for needles, grid in self._needles:
-            result = run_grid(model, self.meshes, needles, grid, batch_tokens(self.config))
+            result = run_grid(model, self.meshes, needles, grid, batch_tokens(self.config), advance=advance)
             figures |= needle_figures(result)
             self._write(f"needle_{needles.name}", step, result.as_json(), needle_drawing(result, self._title(step)))
         if self.config.evaluation.answers is not None:
             budget = batch_tokens(self.config)
-            answers = answer_questions(model, self.meshes, self._questions, self._writer, budget)
+            answers = answer_questions(model, self.meshes, self._questions, self._writer, budget, advance)
             figures["answers_accuracy"] = answers.accuracy
             drawing = answer_drawing(self._questions, answers, self._title(step))
             self._write("answers", step, answers.as_json(), drawing)
         if self.config.evaluation.experts:
-            use = count_expert_use(model, self.config, self.meshes)
+            use = count_expert_use(model, self.config, self.meshes, advance)
             figures |= expert_figures(use)
             self._write("experts", step, use.as_json(), expert_drawing(use, self._title(step)))
         return figures

@@ -24,6 +24,7 @@ from aria_train.batch import MicroBatch
 from aria_train.config import RunConfig, check_world, dump_config
 from aria_train.data.loader import Loader
 from aria_train.errors import ConfigError, Stopped
+from aria_train.eval.loss import evaluate_loss
 from aria_train.eval.probes import Probes
 from aria_train.model import AriaModel
 from aria_train.model.aria import part_of
@@ -35,7 +36,6 @@ from aria_train.parallel.mesh import build_meshes, init_process_group, pick_devi
 from aria_train.parallel.shard import parallelize, set_last_micro_batch
 from aria_train.train.adapters import base_mark, base_of, load_whole, write_adapter_folder
 from aria_train.train.console import Console, peak_memory_gib
-from aria_train.train.evaluation import evaluate_loss
 from aria_train.train.guard import Guard
 from aria_train.train.initial import fill_weights
 from aria_train.train.metrics import MetricsWriter
@@ -250,11 +250,15 @@ class Trainer:
         probing = _falls_on(state.step, config.evaluation.interval_steps, last)
         if not probing and not _falls_on(state.step, config.train.eval_interval_steps, last):
             return
-        self.watchdog.beat(state.step, "evaluating")
+
+        def beat(_more: int = 0) -> None:
+            self.watchdog.beat(state.step, "evaluating")
+
+        beat()
         state.model.rope_base = config.rope_base_at(state.step * config.tokens_per_step)
-        figures = evaluate_loss(state.model, config, self.meshes) if config.data.validation else {}
+        figures = evaluate_loss(state.model, config, self.meshes, beat) if config.data.validation else {}
         if probing:
-            figures |= self.probes.run(state.model, state.step)
+            figures |= self.probes.run(state.model, state.step, beat)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         self.console.message(f"step {state.step}: held-out {shown}")
         if self.writer is not None:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from aria_train.batch import IGNORE_LABEL, MicroBatch
 from aria_train.config import ModelConfig
+from aria_train.eval.loss import empty_batch
 from aria_train.model import AriaModel
 from aria_train.model.attention import document_attention
 from aria_train.model.rope import apply_rope, rope_tables
-from aria_train.train.evaluation import empty_batch
 from tests.reference import forward_document
 from tests.tiny import MODEL, VOCABULARY
 
