@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +11,14 @@ import torch.distributed as dist
 
 from aria_train.errors import UserError
 
+_REPORTED = "reported"
+"""Counter in the job's store of the ranks that have left with an error of the user's."""
+
 
 @contextmanager
 def orderly_end() -> Iterator[None]:
     """Around all that a rank does: ranks that finish wait for each other, of those that meet the same error one speaks,
-    and the process group ends."""
+    one that is cut off because another met an error stays silent, and the process group ends."""
     try:
         yield
         if dist.is_initialized():
@@ -22,6 +26,12 @@ def orderly_end() -> Iterator[None]:
     except UserError as error:
         error.spokesman = _first_to_report(str(error))
         raise
+    except Exception:
+        if not _reported_elsewhere():
+            raise
+        silent = UserError("cut off by another rank's error")
+        silent.spokesman = False
+        raise silent from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -32,4 +42,14 @@ def _first_to_report(message: str) -> bool | None:
     if not dist.is_initialized():
         return None
     store = dist.distributed_c10d._get_default_store()
-    return bool(store.add(f"reported/{zlib.crc32(message.encode())}", 1) == 1)
+    store.add(_REPORTED, 1)
+    return bool(store.add(f"{_REPORTED}/{zlib.crc32(message.encode())}", 1) == 1)
+
+
+def _reported_elsewhere() -> bool:
+    """Whether another rank has left with an error of the user's: then collectives with it fail on the others."""
+    if not dist.is_initialized():
+        return False
+    with contextlib.suppress(RuntimeError):  # the store may have left too
+        return bool(dist.distributed_c10d._get_default_store().add(_REPORTED, 0) > 0)
+    return False

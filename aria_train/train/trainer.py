@@ -13,6 +13,7 @@ So a resumed run repeats nothing and skips nothing.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,12 @@ class Trainer:
     def __init__(self, config: RunConfig, replay_step: int | None = None) -> None:
         """With `replay_step`, on the way to a step that was taken before: nothing is written."""
         self.config = config
+        self.run_dir = Path(config.train.run_dir)
+        if replay_step is None:
+            _claim(self.run_dir)
         self.device = pick_device(config.train.device)
         init_process_group(self.device)
         check_world(config, dist.get_world_size())
-        self.run_dir = Path(config.train.run_dir)
         self.meshes = build_meshes(config.parallel, self.device)
         self.is_main = self.meshes.rank == 0
         self.console = Console(config.total_steps, enabled=self.is_main)
@@ -72,7 +75,6 @@ class Trainer:
         self.probes = Probes(config, self.meshes)
         self.writer: MetricsWriter | None = None
         if self.is_main and replay_step is None:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
             self.writer = MetricsWriter(self.run_dir, config.logging, config.model_dump(mode="json"), start_step)
 
@@ -294,6 +296,18 @@ class Trainer:
         self.console.stop()
         if self.writer is not None:
             self.writer.close()
+
+
+def _claim(run_dir: Path) -> None:
+    """Makes the run directory and sees that files can be made in it, before any work is done."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir).close()
+    except OSError as error:
+        raise ConfigError(
+            f"train.run_dir {run_dir} cannot be written to: {error.strerror or error}. Give a folder that can be, or "
+            "mend its permissions."
+        ) from None
 
 
 def _falls_on(step: int, interval: int, last: bool = False) -> bool:
