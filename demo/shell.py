@@ -28,7 +28,7 @@ def aria_train(*arguments: str) -> None:
 def torchrun(processes: int, *arguments: str) -> None:
     """Runs `torchrun ... -m aria_train ARGUMENTS` on this machine, its cores shared out among the processes."""
     show("torchrun", "--standalone", f"--nproc-per-node={processes}", "-m", "aria_train", *arguments)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = [sys.executable, "-m", "demo.launch", "--standalone", f"--nproc-per-node={processes}"]
     threads = max(1, (os.cpu_count() or 1) // processes)
     execute([*launcher, "-m", "aria_train", *arguments], OMP_NUM_THREADS=str(threads))
 
