@@ -107,3 +107,36 @@ def random_ids(count: int, seed: int) -> list[int]:
     """Token ids of ordinary text."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(64, VOCABULARY, (count,), generator=generator).tolist()
+
+
+def text_corpus(folder: Path, tokenizer: str, documents: int = 12) -> str:
+    """A text corpus of short and long documents with sentences; returns its prefix."""
+    from aria_train.data.tokenizer import load_tokenizer
+    from tests.tiny import write_corpus
+
+    encode = load_tokenizer(tokenizer)
+    generator = np.random.default_rng(0)
+    words = WORDS.replace("\n", " ").replace(" .", "").split()
+    texts = []
+    for _ in range(documents):
+        sentences = [" ".join(generator.choice(words, 6)) + "." for _ in range(generator.integers(2, 30))]
+        texts.append(" ".join(sentences))
+    ids = [[*encode.encode(text, add_special_tokens=False).ids, 2] for text in texts]
+    return write_corpus(folder / "text", ids)
+
+
+def chat_corpus(folder: Path, tokenizer: str, name: str, samples: int, seed: int = 0) -> str:
+    """A prepared corpus of questions about an image of varying size; returns its folder."""
+    from aria_train.data.multimodal_formats import Recipe
+    from aria_train.data.prepare_multimodal import prepare_multimodal
+
+    raw = folder / f"{name}_raw"
+    raw.mkdir(parents=True)
+    records = []
+    for number in range(samples):
+        (raw / f"{number}.png").write_bytes(picture(8 + number % 20, 10 + number % 7, seed + number))
+        records.append({"question": "which number ?", "answer": str(number % 4), "images": [f"{number}.png"]})
+    lines = write_lines(raw / "questions.jsonl", records)
+    recipe = Recipe(tokenizer, ModelConfig.model_validate(MODEL), "chat", "assistant")
+    prepare_multimodal(folder / name, [str(lines)], recipe)
+    return str(folder / name)
