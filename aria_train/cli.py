@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from aria_train.errors import EXIT_RESTART, EXIT_USER_ERROR, Stopped, UserError
+from aria_train.elastic import leave_stopped
+from aria_train.errors import EXIT_USER_ERROR, Stopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"aria-train: {stop}; the same command goes on from there.", file=sys.stderr, flush=True)
-        return EXIT_RESTART
+        return leave_stopped()
     except KeyboardInterrupt:
         print("aria-train: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130

@@ -59,7 +59,7 @@ class Pulse:
         """What this rank adds to the sum: float64 [2 + 2 * ranks]."""
         due = self._save_seconds > 0 and self._rank == 0 and time.monotonic() - self._saved >= self._save_seconds
         own = torch.zeros(2 + 2 * self._world_size, dtype=torch.float64)
-        own[0] = signals.received() is not None
+        own[0] = signals.asked()
         own[1] = due
         own[2 + self._rank] = self._data_seconds
         own[2 + self._world_size + self._rank] = self._product_seconds()

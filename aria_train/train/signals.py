@@ -1,7 +1,7 @@
 """Stopping on request: SIGTERM, SIGUSR1 or Ctrl-C ask a run to save and leave at the end of the step.
 
-A second signal, a second or more after the first, ends the process at once. (Launchers repeat the terminal's Ctrl-C
-and the scheduler's SIGTERM to their children; so close to the first, it is the same request.)
+A second signal, a second or more after the first, ends the process at once. What `aria_train.elastic` passes on comes
+as SIGUSR2 and never counts as a second: schedulers signal launcher and workers alike.
 
 Python runs signal handlers between instructions of the main thread, which may be waiting for another rank. So the
 signals' numbers are read, as the interpreter writes them, by a thread of their own.
@@ -18,31 +18,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PASSED_ON = signal.SIGUSR2
+STOP_ASKED = "ARIA_TRAIN_STOP_ASKED"
+"""Environment variable that the launcher sets for workers it starts after it was asked to stop."""
 _SAME_REQUEST = 1.0
 """Seconds within which signals count as one request."""
 
-_received: signal.Signals | None = None
+_asked = False
 
 
-def received() -> signal.Signals | None:
-    """The signal that asked this rank to stop, if one has."""
-    return _received
+def asked() -> bool:
+    """Whether this rank was asked to stop."""
+    return _asked
 
 
 @contextmanager
 def graceful_stop() -> Iterator[None]:
-    """Within this block the stop signals are requests, which the training loop looks for with `received`.
+    """Within this block the stop signals are requests, which the training loop looks for with `asked`.
 
     Only in the main thread; elsewhere the block changes nothing.
     """
-    global _received
+    global _asked
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _received = None
+    _asked = STOP_ASKED in os.environ
     writer, reader = socket.socketpair()
     writer.setblocking(False)
-    before = {number: signal.signal(number, _nothing) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, _nothing) for number in (*STOP_SIGNALS, PASSED_ON)}
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(reader,), name="signals", daemon=True).start()
     try:
@@ -59,14 +62,15 @@ def _nothing(_number: int, _frame: object) -> None:
 
 
 def _listen(reader: socket.socket) -> None:
-    global _received
-    first = 0.0
+    global _asked
+    first: float | None = None
     with reader:
         while data := reader.recv(64):
             for number in data:
-                if number not in STOP_SIGNALS:
+                if number not in (*STOP_SIGNALS, PASSED_ON):
                     continue
-                if _received is None:
-                    _received, first = signal.Signals(number), time.monotonic()
-                elif time.monotonic() - first > _SAME_REQUEST:
+                _asked = True
+                if first is None:
+                    first = time.monotonic()
+                elif number != PASSED_ON and time.monotonic() - first > _SAME_REQUEST:
                     os._exit(128 + number)
