@@ -33,8 +33,8 @@ MODEL_CONFIG = Path("configs/small/stage2_mm.yaml")
 SEED = 0
 SMALL, LARGE = 56, 112
 """Sides in pixels: the small model's two image classes."""
-HELD_OUT_DIGITS = 297
-"""The last of the 1797: the data set is in order of writers, so these are (but for one) other people's digits."""
+HELD_OUT_EVERY = 6
+"""One digit of so many is held out."""
 CHART_COLORS = ("#3b6ea5", "#c2571a", "#3d7a4e", "#444444")
 DIGIT_QUESTION = "Which digit is this?"
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -55,8 +55,9 @@ class Digits:
         data = load_digits()
         self._shades: NDArray[np.float64] = data.images
         self.values: list[int] = data.target.tolist()
-        self.train = range(len(self.values) - HELD_OUT_DIGITS)
-        self.held_out = range(len(self.values) - HELD_OUT_DIGITS, len(self.values))
+        everything = range(len(self.values))
+        self.held_out = everything[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+        self.train = [index for index in everything if index not in self.held_out]
 
     def draw(self, index: int, rng: random.Random | None = None) -> Image.Image:
         """Dark on light, SMALL x SMALL; with `rng` shaded, turned, moved and scaled a little, as for training."""
@@ -66,9 +67,9 @@ class Digits:
         canvas.paste(shades.resize((SMALL - 8, SMALL - 8), Image.Resampling.BICUBIC), (4, 4))
         if rng is None:
             return canvas
-        shift = (rng.randint(-4, 4), rng.randint(-4, 4))
-        canvas = canvas.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, translate=shift, fillcolor=paper)
-        margin = SMALL * (1 - 1 / rng.uniform(0.8, 1.1)) / 2
+        shift = (rng.randint(-2, 2), rng.randint(-2, 2))
+        canvas = canvas.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, translate=shift, fillcolor=paper)
+        margin = SMALL * (1 - 1 / rng.uniform(0.9, 1.1)) / 2
         box = (margin, margin, SMALL - margin, SMALL - margin)
         return canvas.transform(canvas.size, Image.Transform.EXTENT, box, Image.Resampling.BICUBIC, fillcolor=paper)
 
@@ -100,7 +101,7 @@ def digit_captions(digits: Digits, rng: random.Random) -> Iterator[Sample]:
     """The training digits over and over, with captions."""
     for index in itertools.cycle(digits.train):
         value = digits.values[index]
-        caption = rng.choice(("A handwritten {0}.", "The digit {0}, written by hand.", "The number {1}, in ink."))
+        caption = rng.choice(("{0}, a handwritten digit.", "{0}, written by hand.", "{0} ({1}) in ink."))
         words = caption.format(value, NAMES[value])
 
         def record(paths: list[str], words: str = words) -> Record:
@@ -244,7 +245,7 @@ def make_all(sources: Path, folder: Path, seed: int = SEED, scale: float = 1.0) 
     kinds: dict[str, Callable[[random.Random], Iterable[Sample]]] = {
         "digits": lambda rng: itertools.islice(digit_questions(digits, rng), some(3000)),
         "digits_validation": lambda rng: held_out_digit_questions(digits),
-        "captions": lambda rng: itertools.islice(digit_captions(digits, rng), some(1500)),
+        "captions": lambda rng: itertools.islice(digit_captions(digits, rng), some(3000)),
         "interleaved": lambda rng: documents(digits, rng, some(500)),
         "pages": lambda rng: pages(prose(sources, some(1000)), rng),
         "charts": lambda rng: charts(rng, some(500)),

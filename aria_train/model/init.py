@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 @torch.no_grad()
 def initialise(model: nn.Module, std: float, seed: int) -> None:
-    """Fills every parameter, or this rank's shard of it: matrices N(0, std), norm gains 1, biases 0, adapters such
-    that they change nothing yet."""
+    """Fills every parameter, or this rank's shard of it: matrices normal, norm gains 1, biases 0, adapters such that
+    they change nothing yet. `std` is the decoder's; see `_spread` for the rest."""
     for name, parameter in model.named_parameters():
         shard, offsets = local_shard(parameter)
         if name.endswith(("bias", "lora_B")):
@@ -21,9 +22,22 @@ def initialise(model: nn.Module, std: float, seed: int) -> None:
         elif parameter.ndim == 1:
             shard.fill_(1.0)
         else:
-            # Adapters as PEFT spreads them: they stand for a change, not for a weight.
-            spread = (3 * parameter.shape[1]) ** -0.5 if name.endswith("lora_A") else std
-            _fill_normal(shard, offsets, parameter.shape, spread, f"{seed}/{name}")
+            _fill_normal(shard, offsets, parameter.shape, _spread(name, parameter.shape, std), f"{seed}/{name}")
+
+
+def _spread(name: str, shape: torch.Size, decoder_std: float) -> float:
+    """Standard deviation of a matrix.
+
+    The vision encoder and the projector take 1 / sqrt(fan in), whatever their widths. With less, every patch looks
+    alike to the projector's queries, and learning to see begins hundreds of steps later.
+    """
+    if name.endswith("lora_A"):
+        return (3 * shape[1]) ** -0.5  # as PEFT spreads them: they stand for a change, not for a weight
+    if not name.startswith(("vision.", "projector.")):
+        return decoder_std
+    if name in ("vision.position_embedding.weight", "projector.query"):
+        return 0.5  # tables, which stand beside activations of unit scale
+    return math.prod(shape[1:]) ** -0.5
 
 
 def local_shard(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
