@@ -184,6 +184,9 @@ class DataConfig(Section):
     """Threads per rank that read, decode and pack windows ahead of the step."""
     prefetch_batches: Positive = 4
     """Micro-batches held ready per rank."""
+    balance_work: bool = False
+    """Deal each step's windows out by the work in them, so that ranks wait less for each other; for long contexts,
+    where windows differ. The windows of a step stay the same, which rank has which changes."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

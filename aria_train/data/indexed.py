@@ -163,6 +163,11 @@ class IndexedCorpus:
         np.cumsum(self.lengths, out=ends[1:])
         return np.diff(ends[self.document_indices])
 
+    def document_length(self, document: int) -> int:
+        """Tokens of one document."""
+        first, last = int(self.document_indices[document]), int(self.document_indices[document + 1])
+        return int(self.lengths[first:last].sum(dtype=np.int64))
+
     def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray:
         """Tokens `start:stop` of a document, in the corpus's own dtype; a view of the file where possible."""
         first, last = int(self.document_indices[document]), int(self.document_indices[document + 1])

@@ -8,6 +8,7 @@ is starting there, on any number of ranks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from aria_train.batch import ImageBatch, MicroBatch
 from aria_train.config import RunConfig
@@ -24,6 +26,7 @@ from aria_train.data.mixture import Mixture
 from aria_train.data.permutation import permute
 from aria_train.data.text import open_source
 from aria_train.data.window import Source, Window
+from aria_train.data.work import deal
 from aria_train.errors import ConfigError
 
 
@@ -47,9 +50,14 @@ class Blend:
         epoch, place = divmod(number, source.num_windows)
         return which, permute(place, source.num_windows, f"{self.seed}/{source.name}/{epoch}")
 
-    def micro_batch(self, first: int, count: int) -> MicroBatch:
-        """Windows first:first + count of the run, packed."""
-        places = [self.locate(index) for index in range(first, first + count)]
+    def work(self, index: int) -> float:
+        """About how many floating-point operations window `index` takes."""
+        which, position = self.locate(index)
+        return self.sources[which].work(position)
+
+    def micro_batch(self, windows: Iterable[int]) -> MicroBatch:
+        """Windows of the run, packed."""
+        places = [self.locate(index) for index in windows]
         return pack_windows([self.sources[which].read(position) for which, position in places], [w for w, _ in places])
 
 
@@ -57,7 +65,7 @@ class Loader:
     """Iterates the training stream: per optimizer step, the micro-batches of one rank.
 
     Step s holds windows [s * G, (s + 1) * G), G = train.global_batch_size; rank r takes the r-th contiguous slice of
-    them. Threads keep `data.prefetch_batches` micro-batches ahead; what goes wrong in one is raised where its batch is
+    them or, with `data.balance_work`, those that `work.deal` gives it. Threads keep `data.prefetch_batches` micro-batches ahead; what goes wrong in one is raised where its batch is
     asked for. Endless; close it, or use it in a `with` block.
     """
 
@@ -67,8 +75,10 @@ class Loader:
         self.num_micro_batches, rest = divmod(self.global_batch_size, world_size * self.micro_batch_size)
         assert not rest, "check_world admits only batches that divide evenly"
         self.blend = Blend(config)
-        self._first_window = rank * (self.global_batch_size // world_size)
-        self._firsts = self._first_windows(start_step)
+        self._rank, self._world_size = rank, world_size
+        self._balanced = config.data.balance_work and world_size > 1
+        self._dealt = functools.lru_cache(maxsize=8)(self._deal)
+        self._places = itertools.product(itertools.count(start_step), range(self.num_micro_batches))
         self._ahead = config.data.prefetch_batches
         self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="loader")
         self._pending: deque[Future[MicroBatch]] = deque()
@@ -87,11 +97,14 @@ class Loader:
             for index, source in enumerate(self.sources)
         }
 
-    def _first_windows(self, step: int) -> Iterator[int]:
-        """First window of each of this rank's micro-batches, from the given step on."""
-        for current in itertools.count(step):
-            base = current * self.global_batch_size + self._first_window
-            yield from (base + i * self.micro_batch_size for i in range(self.num_micro_batches))
+    def _deal(self, step: int) -> NDArray[np.int64]:
+        """int64 [micro-batches, micro_batch_size]: this rank's windows of a step."""
+        first = step * self.global_batch_size
+        if not self._balanced:
+            share = self.global_batch_size // self._world_size
+            return (first + self._rank * share + np.arange(share)).reshape(-1, self.micro_batch_size)
+        work = [self.blend.work(first + number) for number in range(self.global_batch_size)]
+        return first + deal(work, self._world_size, self.micro_batch_size)[:, self._rank]
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
@@ -104,11 +117,11 @@ class Loader:
 
     def _next_micro_batch(self) -> MicroBatch:
         while len(self._pending) < self._ahead + 1:
-            self._pending.append(self._pool.submit(self._load, next(self._firsts)))
+            self._pending.append(self._pool.submit(self._load, *next(self._places)))
         return self._pending.popleft().result()
 
-    def _load(self, first: int) -> MicroBatch:
-        return pin(self.blend.micro_batch(first, self.micro_batch_size))
+    def _load(self, step: int, number: int) -> MicroBatch:
+        return pin(self.blend.micro_batch(self._dealt(step)[number].tolist()))
 
     def close(self) -> None:
         """Stops the threads; they finish the batch they are at."""

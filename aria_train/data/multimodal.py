@@ -26,6 +26,7 @@ from aria_train.data.multimodal_store import Placement, Sample
 from aria_train.data.packing import PLAN_VERSION, PackingPlan, PackingStats, cached_plan, pack
 from aria_train.data.views import SampleReader, open_reader
 from aria_train.data.window import Window
+from aria_train.data.work import forward_flops
 from aria_train.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,19 @@ class MultimodalSource:
             document_lengths=np.array([len(token_ids) for token_ids, _, _ in read], np.int32),
             images=[image for _, _, processed in read for image in processed],
         )
+
+    def work(self, position: int) -> float:
+        """Of a cut sample's images, each piece counts its share."""
+        pieces = slice(int(self.plan.starts[position]), int(self.plan.starts[position + 1]))
+        lengths: list[int] = []
+        patches: list[int] = []
+        for row, number in zip(self.plan.documents[pieces].tolist(), self.plan.pieces[pieces].tolist()):
+            positions = self.reader.length(row) - 1
+            lengths.append(min(max(positions - number * self._context_length, 1), self._context_length))
+            placements = self.reader.placements(row)
+            for placement in placements[: round(len(placements) * lengths[-1] / positions)]:
+                patches += [(placement.layout.size // self._vision.patch_size) ** 2] * placement.layout.num_crops
+        return forward_flops(lengths, patches, self._model)
 
     def _read_piece(self, row: int, number: int) -> tuple[NDArray[np.int32], NDArray[np.int32], list[ProcessedImage]]:
         """(inputs, labels, images) of a sample, or of its `number`-th piece."""

@@ -223,6 +223,11 @@ class Reader:
         ]
         return np.concatenate([np.empty(0, np.int32), *columns])
 
+    def length(self, row: int) -> int:
+        """Tokens of sample `row`."""
+        batch, at = self._find(row)
+        return int(batch.column("num_tokens")[at].as_py())
+
     def placements(self, row: int) -> list[Placement]:
         """The images of sample `row`."""
         batch, at = self._find(row)

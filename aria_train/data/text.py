@@ -16,6 +16,7 @@ from aria_train.data.indexed import IndexedCorpus, strip_suffix
 from aria_train.data.packing import PLAN_VERSION, PackingPlan, cached_plan, plan_documents
 from aria_train.data.views import chosen
 from aria_train.data.window import Source, Window
+from aria_train.data.work import forward_flops
 from aria_train.errors import DataError
 
 
@@ -130,6 +131,15 @@ class TextSource:
             labels=np.concatenate([tokens[1:] for tokens in read]),
             document_lengths=np.array([len(tokens) - 1 for tokens in read], np.int32),
         )
+
+    def work(self, position: int) -> float:
+        pieces = slice(int(self.plan.starts[position]), int(self.plan.starts[position + 1]))
+        lengths = []
+        for document, piece in zip(self.plan.documents[pieces].tolist(), self.plan.pieces[pieces].tolist()):
+            which = bisect.bisect_right(self._first_document, document) - 1
+            tokens = self.corpora[which].document_length(document - self._first_document[which])
+            lengths.append(min(tokens - 1 - piece * self._context_length, self._context_length))
+        return forward_flops(lengths, [], self._model)
 
     def _read_piece(self, document: int, start: int) -> NDArray[np.int32]:
         """int32: up to context_length + 1 tokens; each but the last an input, each but the first a target."""

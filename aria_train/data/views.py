@@ -6,6 +6,7 @@ A view reads like the corpus it is made of, and is a pure function of it and a f
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,6 +30,8 @@ class SampleReader(Protocol):
     def __len__(self) -> int: ...
 
     def lengths(self) -> NDArray[np.int32]: ...
+
+    def length(self, row: int) -> int: ...
 
     def placements(self, row: int) -> list[Placement]: ...
 
@@ -75,6 +78,9 @@ class SelectedReader:
 
     def lengths(self) -> NDArray[np.int32]:
         return self._lengths
+
+    def length(self, row: int) -> int:
+        return int(self._lengths[row])
 
     def placements(self, row: int) -> list[Placement]:
         return self.reader.placements(int(self._rows[row]))
@@ -123,12 +129,17 @@ class ConcatenatedReader:
     def lengths(self) -> NDArray[np.int32]:
         return self._lengths
 
+    def length(self, row: int) -> int:
+        return int(self._lengths[row])
+
     def placements(self, row: int) -> list[Placement]:
-        return self.sample(row).placements
+        return _in_front([self.reader.placements(member) for member in self._members(row)])
 
     def sample(self, row: int) -> Sample:
-        rows = self._order[self._starts[row] : self._starts[row + 1]].tolist()
-        return concatenate([self.reader.sample(member) for member in rows], self._newline)
+        return concatenate([self.reader.sample(member) for member in self._members(row)], self._newline)
+
+    def _members(self, row: int) -> list[int]:
+        return self._order[self._starts[row] : self._starts[row + 1]].tolist()
 
 
 def _fixed(num_samples: int, count: int) -> NDArray[np.int64]:
@@ -145,14 +156,21 @@ def _filled(added: NDArray[np.int64], room: int) -> NDArray[np.int64]:
     return np.array(starts, np.int64)
 
 
+def _in_front(placements: Sequence[list[Placement]]) -> list[Placement]:
+    """Where images stand once all are at the beginning, each between its two markers."""
+    moved: list[Placement] = []
+    for placement in itertools.chain.from_iterable(placements):
+        moved.append(Placement(moved[-1].end + 2 if moved else 1, placement.layout))
+    return moved
+
+
 def concatenate(samples: list[Sample], newline: Ids) -> Sample:
     """One sample of captioned images: all images in order, then all texts in order with `newline` between them, and
     the end-of-document token of the last."""
     pictures: list[Ids] = []
     texts: list[Ids] = []
     losses: list[NDArray[np.uint8]] = []
-    placements: list[Placement] = []
-    at = 0
+    placements = _in_front([sample.placements for sample in samples])
     for sample in samples:
         is_text = np.ones(len(sample.token_ids), bool)
         is_text[-1] = False
@@ -160,15 +178,13 @@ def concatenate(samples: list[Sample], newline: Ids) -> Sample:
             stretch = slice(placement.start - 1, placement.end + 1)
             is_text[stretch] = False
             pictures.append(sample.token_ids[stretch])
-            placements.append(Placement(at + 1, placement.layout))
-            at += placement.layout.num_tokens + 2
         texts += [sample.token_ids[is_text], newline]
         losses += [sample.loss[is_text], np.ones(len(newline), np.uint8)]
     texts[-1], losses[-1] = samples[-1].token_ids[-1:], samples[-1].loss[-1:]
     others = f" and {len(samples) - 1} more" if len(samples) > 1 else ""
     return Sample(
         token_ids=np.concatenate([*pictures, *texts]),
-        loss=np.concatenate([np.zeros(at, np.uint8), *losses]),
+        loss=np.concatenate([np.zeros(sum(map(len, pictures)), np.uint8), *losses]),
         images=list(itertools.chain.from_iterable(sample.images for sample in samples)),
         placements=placements,
         category="long sequence",

@@ -36,3 +36,7 @@ class Source(Protocol):
     def read(self, position: int) -> Window:
         """The window at a position in [0, num_windows). Raises DataError where the data cannot be used."""
         ...
+
+    def work(self, position: int) -> float:
+        """About how many floating-point operations that window takes, found without reading it."""
+        ...
