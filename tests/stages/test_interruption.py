@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from aria_train.cli import EXIT_RESTART, main
+from aria_train.cli import main
+from aria_train.errors import EXIT_RESTART
 from tests.distributed import RankFailure, launch
 from tests.stages.recipe import NAMES, read_timeline, saved_tensors, write_stages
 from tests.tiny import read_steps
