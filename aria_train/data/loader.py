@@ -65,8 +65,9 @@ class Loader:
     """Iterates the training stream: per optimizer step, the micro-batches of one rank.
 
     Step s holds windows [s * G, (s + 1) * G), G = train.global_batch_size; rank r takes the r-th contiguous slice of
-    them or, with `data.balance_work`, those that `work.deal` gives it. Threads keep `data.prefetch_batches` micro-batches ahead; what goes wrong in one is raised where its batch is
-    asked for. Endless; close it, or use it in a `with` block.
+    them or, with `data.balance_work`, those that `work.deal` gives it. Threads keep `data.prefetch_batches`
+    micro-batches ahead; what goes wrong in one is raised where its batch is asked for. Endless; close it, or use it in
+    a `with` block.
     """
 
     def __init__(self, config: RunConfig, rank: int = 0, world_size: int = 1, start_step: int = 0) -> None:
@@ -78,7 +79,7 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._balanced = config.data.balance_work and world_size > 1
         self._dealt = functools.lru_cache(maxsize=8)(self._deal)
-        self._places = itertools.product(itertools.count(start_step), range(self.num_micro_batches))
+        self._places = ((step, i) for step in itertools.count(start_step) for i in range(self.num_micro_batches))
         self._ahead = config.data.prefetch_batches
         self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="loader")
         self._pending: deque[Future[MicroBatch]] = deque()

@@ -145,9 +145,9 @@ def test_batches_are_read_ahead_but_not_without_bound(config: RunConfig, monkeyp
 
 def test_one_source_read_by_many_threads(config: RunConfig) -> None:
     blend = Blend(config)
-    alone = [documents([blend.micro_batch(first, 2)]) for first in range(100)]
+    alone = [documents([blend.micro_batch((first, first + 1))]) for first in range(100)]
     with ThreadPoolExecutor(16) as pool:
-        together = list(pool.map(lambda first: documents([blend.micro_batch(first, 2)]), range(100)))
+        together = list(pool.map(lambda first: documents([blend.micro_batch((first, first + 1))]), range(100)))
     assert together == alone
 
 
