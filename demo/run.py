@@ -1,4 +1,5 @@
-"""`make demo`: prepares real text, trains a small Aria on two processes, and shows what it learned.
+"""`make demo`: prepares real text and images, trains a small Aria through two stages on two processes, and shows what
+it learned.
 
 Every part that is done already is skipped, and training goes on from its newest checkpoint, so an interrupted demo
 continues and a finished one shows its results again. Everything it makes is under `data/small/` and `runs/demo/`.
@@ -23,7 +24,7 @@ from aria_train.config import RunConfig, load_config
 from aria_train.data.loader import validation_batches
 from aria_train.data.ngram import NgramModel
 from aria_train.train.metrics import read_metrics
-from demo import text
+from demo import multimodal, text
 from demo.curve import Curve, save_picture, terminal_chart
 from demo.shell import DemoError, run_script, show, torchrun
 
@@ -51,12 +52,16 @@ class LanguageSummary:
 def main() -> None:
     """Runs whatever is left of the demo, then shows everything."""
     summary = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else {}
-    finished = LANGUAGE in summary
-    if not finished:
+    finished = LANGUAGE in summary and multimodal.STAGE in summary
+    if LANGUAGE not in summary:
         text.prepare()
         summary[LANGUAGE] = asdict(run_language())
         write_atomically(SUMMARY, json.dumps(summary, indent=2) + "\n")
+    if multimodal.STAGE not in summary:
+        summary[multimodal.STAGE] = asdict(multimodal.run_multimodal(RUNS, LANGUAGE, PROCESSES))
+        write_atomically(SUMMARY, json.dumps(summary, indent=2) + "\n")
     show_language(LanguageSummary(**summary[LANGUAGE]))
+    multimodal.show_multimodal(multimodal.MultimodalSummary(**summary[multimodal.STAGE]), RUNS)
     again = "The demo had run before; these are its results. " if finished else ""
     print(f"\n{again}`make clean-demo` makes the next `make demo` start over.")
 
