@@ -46,10 +46,12 @@ class TrainState:
         tensors: dict[str, Tensor] = {"train.expert_counts": self.expert_counts}
         if self.base is not None:
             tensors[BASE] = self.base
+        moved = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self.model.named_parameters():
             if self.base is None or parameter.requires_grad:
                 tensors[f"model.{name}"] = parameter.detach()
             if parameter.requires_grad:
+                assert parameter in moved, f"{name} is still gathered: after a forward pass alone, release parameters"
                 state = self.optimizer.state[parameter]
                 if not state:
                     step = torch.full((), float(self.updates), dtype=torch.float32, device=parameter.device)
