@@ -34,10 +34,10 @@ demo: $(installed)
 	@$(venv_python) -m demo.run
 
 demo-data: $(installed)
-	@$(venv_python) -m demo.text
+	@$(venv_python) -m demo.images
 
 clean-demo:
-	rm -rf runs/demo data/small
+	@rm -rf runs/demo data/small
 
 test: lint
 	@$(venv_python) -m pytest

@@ -26,11 +26,11 @@ def aria_train(*arguments: str) -> None:
 
 
 def torchrun(processes: int, *arguments: str) -> None:
-    """Runs `torchrun ... -m aria_train ARGUMENTS` on this machine, its cores shared out among the processes."""
-    show("torchrun", "--standalone", f"--nproc-per-node={processes}", "-m", "aria_train", *arguments)
-    launcher = [sys.executable, "-m", "demo.launch", "--standalone", f"--nproc-per-node={processes}"]
+    """Runs `aria_train ARGUMENTS` under torchrun on this machine, its cores shared out among the processes."""
+    command = ["-m", "aria_train.elastic", "--standalone", f"--nproc-per-node={processes}", "-m", "aria_train"]
+    show("python", *command, *arguments)
     threads = max(1, (os.cpu_count() or 1) // processes)
-    execute([*launcher, "-m", "aria_train", *arguments], OMP_NUM_THREADS=str(threads))
+    execute([sys.executable, *command, *arguments], OMP_NUM_THREADS=str(threads))
 
 
 def show(*command: str) -> None:
