@@ -13,6 +13,12 @@ from demo.curve import Curve, save_picture, terminal_chart
 from demo.shell import DemoError, execute, run_script
 
 SUMMARY = {"heldout_loss_before": 8.4, "heldout_loss_after": 3.1, "unigram_loss": 6.1, "bigram_loss": 4.2}
+SEEING = {
+    "digits_accuracy_before": 0.1,
+    "digits_accuracy_after": 0.93,
+    "heldout_text_loss_before": 3.1,
+    "heldout_text_loss_after": 3.0,
+}
 CURVE = Curve(
     training=[(step / 100, 8.5 - 5 * step / 100) for step in range(1, 101)],
     held_out=[(0.0, 8.4), (0.5, 5.0), (1.0, 3.1)],
@@ -40,27 +46,32 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("torchrun", "generate"):
         monkeypatch.setattr(run, name, refuse)
     monkeypatch.setattr(run.text, "prepare", refuse)
+    monkeypatch.setattr(run.multimodal, "run_multimodal", refuse)
     write_run(tmp_path / run.RUNS / run.LANGUAGE)
-    (tmp_path / run.SUMMARY).write_text(json.dumps({run.LANGUAGE: SUMMARY}))
+    seeing = tmp_path / run.RUNS / run.multimodal.STAGE
+    seeing.mkdir()
+    lines = [json.dumps({"step": step, "loss/digits": 4.0 / (step + 1)}) for step in (0, 100)]
+    (seeing / "evaluations.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / run.SUMMARY).write_text(json.dumps({run.LANGUAGE: SUMMARY, run.multimodal.STAGE: SEEING}))
     return tmp_path
 
 
 def test_a_finished_demo_shows_its_results_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run.main()
     shown = capsys.readouterr().out
-    for fact in ("8.400", "3.100", "6.100", "4.200", "class Stack", "self.items = [red]", "make clean-demo"):
+    for fact in ("8.400", "3.100", "6.100", "4.200", "class Stack", "self.items = [red]", "93.0%", "make clean-demo"):
         assert fact in shown, fact
 
 
-def test_an_unfinished_demo_goes_on_and_writes_its_summary_last(
+def test_an_unfinished_demo_goes_on_where_it_is_and_notes_a_stage_when_it_is_done(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (finished / run.SUMMARY).unlink()
     steps: list[str] = []
 
     def note(step: str) -> None:
-        assert not run.SUMMARY.exists()
-        steps.append(step)
+        done = json.loads(run.SUMMARY.read_text()) if run.SUMMARY.exists() else {}
+        steps.append(f"{step}, {len(done)} done")
 
     def summarise(config: object) -> run.LanguageSummary:
         note("summarise")
@@ -70,15 +81,26 @@ def test_an_unfinished_demo_goes_on_and_writes_its_summary_last(
         note("generate")
         return "        pass\n"
 
+    def see(*arguments: object) -> run.multimodal.MultimodalSummary:
+        note("see")
+        return run.multimodal.MultimodalSummary(**SEEING)
+
     monkeypatch.setattr(run.text, "prepare", lambda: note("prepare"))
     monkeypatch.setattr(run, "torchrun", lambda *arguments: note("train"))
     monkeypatch.setattr(run, "load_config", lambda *arguments: None)
     monkeypatch.setattr(run, "summarise_language", summarise)
     monkeypatch.setattr(run, "generate", generate)
+    monkeypatch.setattr(run.multimodal, "run_multimodal", see)
     run.main()
-    assert steps == ["prepare", "train", "summarise", "generate"]
-    assert json.loads(run.SUMMARY.read_text()) == {"stage1_lang": SUMMARY}
+    first = ["prepare, 0 done", "train, 0 done", "summarise, 0 done", "generate, 0 done"]
+    assert steps == [*first, "see, 1 done"]
+    assert json.loads(run.SUMMARY.read_text()) == {"stage1_lang": SUMMARY, "stage2_mm": SEEING}
     assert "        pass" in capsys.readouterr().out
+    # A stage that is done is not run again for the sake of the next.
+    run.SUMMARY.write_text(json.dumps({run.LANGUAGE: SUMMARY}))
+    steps.clear()
+    run.main()
+    assert steps == ["see, 1 done"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
