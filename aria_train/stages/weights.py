@@ -25,7 +25,8 @@ def run_import(args: argparse.Namespace) -> None:
     target = Path(args.checkpoint)
     model = model_config_from_hf(args.hf_dir)
     source = read_tensors(args.hf_dir, model)
-    config = RunConfig(stage="import", model=model, train=TrainConfig(max_steps=1))
+    train = TrainConfig(max_steps=1, context_length=min(8192, model.max_positions), precision="fp32")
+    config = RunConfig(stage="import", model=model, train=train)
     layout = {"world_size": 1, "expert_parallel_size": 1}
     manifest = Manifest(step=0, tokens=0, config=config.model_dump(mode="json"), layout=layout, sources={}, files={})
     with _progress(f"importing {args.hf_dir}", bytes_per_value=4) as advance:
