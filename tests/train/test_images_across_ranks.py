@@ -98,7 +98,7 @@ def test_every_layout_takes_the_steps_of_one_process(layout: str, mix: str, trai
             assert line[metric] == pytest.approx(wanted[metric], rel=TOLERANCE), metric
     for name, wanted in expected_weights.items():
         difference = (weights[name] - wanted).abs().max()
-        # Biases start at 0 and have barely moved; those of keys have no gradient but rounding, softmax does not see them.
+        # Biases start at 0 and have barely moved; those of keys, which softmax does not see, move by rounding alone.
         scale = max(float(wanted.abs().max()), 0.1)
         assert difference <= TOLERANCE * scale, name
 
