@@ -37,21 +37,26 @@ class Reference:
         weights = {name: weight.clone().requires_grad_() for name, weight in self.weights.items()}
         documents = [document for batch in batches for document in split_documents(batch)]
         losses: list[Tensor] = []
+        by_source: dict[int, list[float]] = {}
         logits: list[list[Tensor]] = [[] for _ in range(self.config.model.num_layers)]
-        for tokens, labels in documents:
+        for tokens, labels, source in documents:
             scores, router_logits = forward_document(weights, tokens, self.config.model)
-            losses += [-scores[at].log_softmax(-1)[label] for at, label in enumerate(labels.tolist()) if label >= 0]
+            own = [-scores[at].log_softmax(-1)[label] for at, label in enumerate(labels.tolist()) if label >= 0]
+            losses += own
+            by_source.setdefault(source, []).extend(loss.item() for loss in own)
             for layer, of_layer in enumerate(router_logits):
                 logits[layer].append(of_layer)
         loss = torch.stack(losses).mean()
-        objective, metrics = loss, {"loss": loss.item(), "balance_loss": 0.0, "z_loss": 0.0}
+        objective, metrics = loss, {"loss": loss.item()}
+        for source, values in by_source.items():
+            metrics[f"loss/{self.config.data.train[source].name}"] = sum(values) / len(values)
         loads = []
         for layer, parts in enumerate(logits):
             extra, figures, load = self._router_losses(torch.cat(parts), self.load[layer])
             objective = objective + extra
             loads.append(load)
             for name, value in figures.items():
-                metrics[name] += value / len(logits)
+                metrics[name] = metrics.get(name, 0.0) + value / len(logits)
         gradients = dict(zip(weights, torch.autograd.grad(objective, list(weights.values())), strict=True))
         self.load = torch.stack(loads)
         metrics["grad_norm"] = math.sqrt(sum(float((g**2).sum()) for g in gradients.values()))
@@ -72,8 +77,15 @@ class Reference:
             + model.expert_balance_coefficient * balance(probabilities, load, 1)
             + model.z_coefficient * z_loss
         )
-        exact = balance(probabilities, own, model.balance_group_size)
-        return extra, {"balance_loss": exact.item(), "z_loss": z_loss.item()}, own
+        of_groups = own.view(-1, model.balance_group_size).sum(1)
+        figures = {
+            "balance_loss": balance(probabilities, own, model.balance_group_size),
+            "z_loss": z_loss,
+            "expert_load_max": own.max() / own.mean(),
+            "group_load_max": of_groups.max() / of_groups.mean(),
+            "router_entropy": -(probabilities * probabilities.log()).sum(-1).mean(),
+        }
+        return extra, {name: float(value) for name, value in figures.items()}, own
 
     def _update(self, gradients: Weights, norm: float) -> None:
         options = self.config.optimizer
@@ -115,10 +127,10 @@ def balance(probabilities: Tensor, load: Tensor, group_size: int) -> Tensor:
     return num_groups * total
 
 
-def split_documents(batch: MicroBatch) -> list[tuple[Tensor, Tensor]]:
-    """(token ids, labels) of every document."""
-    bounds = batch.starts.tolist()
-    return [(batch.token_ids[a:b], batch.labels[a:b]) for a, b in itertools.pairwise(bounds)]
+def split_documents(batch: MicroBatch) -> list[tuple[Tensor, Tensor, int]]:
+    """(token ids, labels, source) of every document."""
+    spans = zip(itertools.pairwise(batch.starts.tolist()), batch.source_ids.tolist(), strict=True)
+    return [(batch.token_ids[a:b], batch.labels[a:b], source) for (a, b), source in spans]
 
 
 def forward_document(weights: Weights, tokens: Tensor, config: ModelConfig) -> tuple[Tensor, list[Tensor]]:

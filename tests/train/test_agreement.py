@@ -24,7 +24,8 @@ from tests.tiny import read_steps, tiny_config, unequal_corpora, with_values
 pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-5
-METRICS = ("loss", "balance_loss", "z_loss", "grad_norm")
+METRICS = ("loss", "loss/long", "loss/short", "balance_loss", "z_loss", "grad_norm")
+METRICS += ("expert_load_max", "group_load_max", "router_entropy")
 
 # (ranks, expert ranks, ranks per ZeRO group or None, micro-batch, recompute)
 LAYOUTS = {
