@@ -46,7 +46,7 @@ class Console:
         if not self._enabled:
             return
         now = time.monotonic()
-        first = self._step == self._recent[0][0]
+        first = not self._recent or self._step == self._recent[0][0]
         self._step = metrics["step"]
         self._recent.append((self._step, now))
         last = self._step >= self._total

@@ -131,7 +131,7 @@ def test_closing_ends_the_threads_also_in_the_middle(config: RunConfig) -> None:
 
 def test_batches_are_read_ahead_but_not_without_bound(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    monkeypatch.setattr(Blend, "micro_batch", lambda self, first, count: read.append(first))
+    monkeypatch.setattr(Blend, "micro_batch", lambda self, windows: read.append(windows[0]))
     monkeypatch.setattr("aria_train.data.loader.pin", lambda batch: batch)
     data = config.data.model_copy(update={"prefetch_batches": 3})
     with Loader(config.model_copy(update={"data": data})) as loader:
