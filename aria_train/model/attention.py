@@ -17,13 +17,15 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_leng
     """
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return _flash_varlen(q, k, v, starts, max_length, causal)
-    bounds = starts.tolist()
-    if len(bounds) == 2:
-        return _dense(q, k, v, causal)
-    spans = [slice(start, end) for start, end in itertools.pairwise(bounds) if end > start]
-    if not spans:
+    # Neighbours of one length go through the kernel together: images mostly do.
+    lengths = (length for length in starts.diff().tolist() if length)
+    runs = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
+    if not runs:
         return q + 0 * (k.sum() + v.sum())  # no tokens: keep k and v in the graph, so that every rank reduces them
-    return torch.cat([_dense(q[s], k[s], v[s], causal) for s in spans])
+    sizes = [count * length for count, length in runs]
+    parts = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    attended = [_equals(q.unflatten(0, r), k.unflatten(0, r), v.unflatten(0, r), causal) for r, q, k, v in parts]
+    return torch.cat(attended)
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
@@ -39,12 +41,13 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -
     return out.squeeze(2)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """One document through PyTorch's own kernel, which never holds the T x T scores."""
-    grouped = q.shape[1] != k.shape[1]
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+def _equals(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Documents of equal length, [documents, length, heads, d] each, through PyTorch's own kernel, which never holds
+    their scores. Returns [documents * length, heads, d]."""
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
-    return out.squeeze(0).transpose(0, 1)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_length: int, causal: bool) -> Tensor:

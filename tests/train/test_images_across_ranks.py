@@ -98,8 +98,10 @@ def test_every_layout_takes_the_steps_of_one_process(layout: str, mix: str, trai
             assert line[metric] == pytest.approx(wanted[metric], rel=TOLERANCE), metric
     for name, wanted in expected_weights.items():
         difference = (weights[name] - wanted).abs().max()
-        # Biases start at 0 and have barely moved; those of keys, which softmax does not see, move by rounding alone.
-        scale = max(float(wanted.abs().max()), 0.1)
+        # Biases start at 0 and have barely moved. Softmax does not see those of keys: rounding alone moves them, and
+        # Adam makes much of it.
+        of_keys = name.endswith(("attention.k.bias", "in_proj_bias"))
+        scale = 1.0 if of_keys else max(float(wanted.abs().max()), 0.1)
         assert difference <= TOLERANCE * scale, name
 
 
