@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
+    from aria_train import launch
     from aria_train.data import commands as data_commands
     from aria_train.eval import commands as eval_commands
     from aria_train.parallel import checkpoint_commands
@@ -63,6 +64,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _register_weights(subparsers)
     eval_commands.register(subparsers)
     checkpoint_commands.register(subparsers)
+    launch.register(subparsers)
     return parser
 
 

@@ -318,6 +318,35 @@ class GuardConfig(Section):
     with a status that says to start it again; 0 = never."""
 
 
+class LaunchConfig(Section):
+    """What `aria-train launch` asks SLURM for."""
+
+    nodes: Positive = 1
+    ranks_per_node: Positive = 8
+    """Processes per node; unless train.device is cpu, as many GPUs."""
+    time_limit: str = "24:00:00"
+    """Of one try. Before it ends the run saves, stops, and queues again."""
+    warning_seconds: Positive = 300
+    """Seconds before the time limit at which the run is asked to stop: longer than a step and a save."""
+    max_restarts: NonNegative = 3
+    """Times that failed ranks start again within the job."""
+    python: str = "python"
+    """The interpreter on the nodes."""
+    setup: list[str] = []
+    """Lines of shell that every node runs first, such as `module load cuda` or `source .venv/bin/activate`."""
+    sbatch: dict[str, str | int] = {}
+    """Further options of sbatch, such as {partition: gpu, account: lab, exclusive: ""}."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LaunchConfig:
+        for key, value in self.sbatch.items():
+            if not re.fullmatch(r"[a-z][a-z-]*", key) or "\n" in str(value):
+                raise ValueError(f"sbatch: {key!r}: an option of sbatch without its dashes, such as partition: gpu")
+            if key == "array":
+                raise ValueError("sbatch: array: job arrays would train the same run several times at once")
+        return self
+
+
 class LoggingConfig(Section):
     """Where metrics go, beside the console and `metrics.jsonl`."""
 
@@ -372,6 +401,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
+    launch: LaunchConfig = LaunchConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property

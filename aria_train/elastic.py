@@ -61,14 +61,14 @@ def _pass_signals_on() -> list[int]:
 
     def pass_on(number: int, _frame: object) -> None:
         # The first comes as a signal that never counts as the second; workers that start from now on see it too.
-        to_send = number if asked else PASSED_ON
+        to_send = number if asked and number != PASSED_ON else PASSED_ON
         asked.append(number)
         os.environ[STOP_ASKED] = "1"
         for child in _children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, to_send)
 
-    for number in STOP_SIGNALS:
+    for number in (*STOP_SIGNALS, PASSED_ON):
         signal.signal(number, pass_on)
     return asked
 

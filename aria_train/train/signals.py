@@ -1,7 +1,8 @@
 """Stopping on request: SIGTERM, SIGUSR1 or Ctrl-C ask a run to save and leave at the end of the step.
 
-A second signal, a second or more after the first, ends the process at once. What `aria_train.elastic` passes on comes
-as SIGUSR2 and never counts as a second: schedulers signal launcher and workers alike.
+A second signal ends the process at once. Launchers and schedulers repeat themselves, though: signals of the same kind
+within a second and of another kind within five are one request, and SIGUSR2, as which launchers pass one on, never
+counts as the second.
 
 Python runs signal handlers between instructions of the main thread, which may be waiting for another rank. So the
 signals' numbers are read, as the interpreter writes them, by a thread of their own.
@@ -21,8 +22,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PASSED_ON = signal.SIGUSR2
 STOP_ASKED = "ARIA_TRAIN_STOP_ASKED"
 """Environment variable that the launcher sets for workers it starts after it was asked to stop."""
-_SAME_REQUEST = 1.0
-"""Seconds within which signals count as one request."""
+_SAME_KIND, _OTHER_KIND = 1.0, 5.0
+"""Seconds within which a signal repeats the first."""
 
 _asked = False
 
@@ -63,7 +64,7 @@ def _nothing(_number: int, _frame: object) -> None:
 
 def _listen(reader: socket.socket) -> None:
     global _asked
-    first: float | None = None
+    first: tuple[int, float] | None = None
     with reader:
         while data := reader.recv(64):
             for number in data:
@@ -71,6 +72,8 @@ def _listen(reader: socket.socket) -> None:
                     continue
                 _asked = True
                 if first is None:
-                    first = time.monotonic()
-                elif number != PASSED_ON and time.monotonic() - first > _SAME_REQUEST:
+                    first = (number, time.monotonic())
+                    continue
+                repeated = _SAME_KIND if number == first[0] else _OTHER_KIND
+                if number != PASSED_ON and time.monotonic() - first[1] > repeated:
                     os._exit(128 + number)

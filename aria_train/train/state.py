@@ -121,6 +121,7 @@ _FREE = {
     "logging": None,
     "checkpoint": None,
     "guard": None,
+    "launch": None,
     "data": {"tokenizer", "validation", "workers", "prefetch_batches"},
     "train": {
         "micro_batch_size", "max_tokens", "max_steps", "precision", "recompute", "run_dir", "eval_interval_steps",
