@@ -22,7 +22,7 @@ from rich.text import Text
 
 from aria_train.config import RunConfig, load_config
 from aria_train.data.loader import validation_batches
-from aria_train.data.ngram import NgramModel
+from aria_train.data.text.ngram import NgramModel
 from aria_train.train.metrics import read_metrics
 from demo import multimodal, text
 from demo.curve import Curve, save_picture, terminal_chart

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from aria_train.config import RunConfig
-from aria_train.data.indexed import IndexedWriter
+from aria_train.data.text.indexed import IndexedWriter
 
 VOCABULARY = 96
 

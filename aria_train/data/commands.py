@@ -165,8 +165,8 @@ def _register_inspect(commands: Any) -> None:
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
-    from aria_train.data import tokenizer
-    from aria_train.data.prepare_inputs import find_inputs
+    from aria_train.data.prepare.text_inputs import find_inputs
+    from aria_train.data.text import tokenizer
     from aria_train.errors import DataError
 
     if bool(args.inputs) == (args.source is not None):
@@ -184,17 +184,17 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
 def _prepare(args: argparse.Namespace) -> None:
     if args.format == "text":
-        from aria_train.data import prepare
+        from aria_train.data.prepare import text as prepare
 
         prepare.prepare(args)
     else:
-        from aria_train.data import prepare_multimodal
+        from aria_train.data.prepare import multimodal as prepare_multimodal
 
         prepare_multimodal.prepare(args)
 
 
 def _concatenate(args: argparse.Namespace) -> None:
-    from aria_train.data import prepare_long
+    from aria_train.data.prepare import long as prepare_long
 
     prepare_long.concatenate(args)
 
@@ -202,7 +202,7 @@ def _concatenate(args: argparse.Namespace) -> None:
 def _needles(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from aria_train.data.needles import Haystack, write_training_data
+    from aria_train.data.text.needles import Haystack, write_training_data
 
     haystack = Haystack(args.corpus, args.tokenizer)
     size = args.documents, args.min_tokens, args.max_tokens
@@ -211,6 +211,6 @@ def _needles(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from aria_train.data import inspection
+    from aria_train.data.prepare import inspection
 
     inspection.inspect(args)

@@ -24,7 +24,7 @@ from aria_train.batch import ImageBatch, MicroBatch
 from aria_train.config import RunConfig
 from aria_train.data.mixture import Mixture
 from aria_train.data.permutation import permute
-from aria_train.data.text import open_source
+from aria_train.data.text.corpus import open_source
 from aria_train.data.window import Source, Window
 from aria_train.data.work import deal
 from aria_train.errors import ConfigError

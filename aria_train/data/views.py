@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aria_train.config import SourceConfig
-from aria_train.data.multimodal_store import Placement, Reader, Sample
+from aria_train.data.multimodal.store import Placement, Reader, Sample
 from aria_train.data.permutation import mix_bits
 from aria_train.errors import DataError
 

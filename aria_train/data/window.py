@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from aria_train.data.images import ProcessedImage
+    from aria_train.data.multimodal.images import ProcessedImage
 
 
 @dataclass

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aria_train.data.multimodal_formats import BadRecord, Encoder, Recipe
-from aria_train.data.multimodal_inputs import read_records, split_into_units
-from aria_train.data.multimodal_store import META, Reader, Sample
-from aria_train.data.prepare_inputs import Skipped
+from aria_train.data.multimodal.formats import BadRecord, Encoder, Recipe
+from aria_train.data.multimodal.store import META, Reader, Sample
+from aria_train.data.prepare.multimodal_inputs import read_records, split_into_units
+from aria_train.data.prepare.text_inputs import Skipped
 from aria_train.errors import DataError
 from aria_train.eval.progress import Advance, no_progress
 from aria_train.eval.prompts import Prompt, PromptWriter

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from aria_train.data.needles import Haystack, draw_facts
+from aria_train.data.text.needles import Haystack, draw_facts
 from aria_train.errors import ConfigError
 from aria_train.eval.progress import Advance, no_progress
 from aria_train.eval.prompts import Picture, Prompt, PromptWriter

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from aria_train.config import NeedleConfig, RunConfig
-from aria_train.data.multimodal_store import META
-from aria_train.data.needles import Haystack
+from aria_train.data.multimodal.store import META
+from aria_train.data.text.needles import Haystack
 from aria_train.errors import ConfigError, DataError
 from aria_train.eval.answers import AnswerResult, answer_questions, read_questions, read_samples
 from aria_train.eval.experts import VISUAL_ABOVE, ExpertUse, count_expert_use

@@ -15,12 +15,12 @@ import numpy as np
 
 from aria_train.batch import IGNORE_LABEL, MicroBatch
 from aria_train.config import ModelConfig, VisionConfig
-from aria_train.data import images
-from aria_train.data.images import BadImage, ImageLayout
 from aria_train.data.loader import pack_windows
-from aria_train.data.multimodal_formats import MAX_FILE_BYTES
-from aria_train.data.multimodal_store import Sample
-from aria_train.data.tokenizer import load_tokenizer
+from aria_train.data.multimodal import images
+from aria_train.data.multimodal.formats import MAX_FILE_BYTES
+from aria_train.data.multimodal.images import BadImage, ImageLayout
+from aria_train.data.multimodal.store import Sample
+from aria_train.data.text.tokenizer import load_tokenizer
 from aria_train.data.window import Window
 from aria_train.errors import DataError
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from aria_train.batch import ImageBatch
 from aria_train.config import VisionConfig
-from aria_train.data.positions import position_ids
+from aria_train.data.multimodal.positions import position_ids
 from aria_train.errors import DataError
 from aria_train.model.attention import document_attention
 from aria_train.model.recompute import Recompute, run_layer

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from aria_train.config import SourceConfig, check_world
-from aria_train.data import multimodal, text, tokenizer
-from aria_train.data.indexed import IndexedCorpus, strip_suffix
-from aria_train.data.multimodal_store import META
+from aria_train.data.multimodal import corpus as multimodal
+from aria_train.data.multimodal.store import META
+from aria_train.data.text import corpus as text
+from aria_train.data.text import tokenizer
+from aria_train.data.text.indexed import IndexedCorpus, strip_suffix
 from aria_train.data.views import open_reader
 from aria_train.errors import CheckpointError, ConfigError, DataError, UserError
 from aria_train.stages.stage import Stage, model_differences, stored_config

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from aria_train.config import ModelConfig, RunConfig
-from aria_train.data.publish import replacing
+from aria_train.data.prepare.publish import replacing
 from aria_train.errors import CheckpointError, DataError
 from aria_train.model import AriaModel
 from aria_train.model.hf.tensors import TensorSink

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aria_train.config import RunConfig
-from aria_train.data.indexed import IndexedWriter
+from aria_train.data.text.indexed import IndexedWriter
 
 END = 2
 

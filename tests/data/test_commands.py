@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from aria_train.cli import main
-from aria_train.data.indexed import IndexedCorpus
+from aria_train.data.text.indexed import IndexedCorpus
 from tests.data.corpora import random_documents, write_corpus
 
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from aria_train.config import VisionConfig
-from aria_train.data import images
-from aria_train.data.images import BadImage, ImageLayout
-from aria_train.data.positions import position_ids
+from aria_train.data.multimodal import images
+from aria_train.data.multimodal.images import BadImage, ImageLayout
+from aria_train.data.multimodal.positions import position_ids
 
 ARIA = VisionConfig()
 SMALL = VisionConfig(patch_size=14, image_sizes={56: 4, 112: 16}, min_image_size=28, position_grid=8)

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aria_train.data.indexed import DTYPES, HEADER_BYTES, IndexedCorpus, IndexedWriter, token_dtype
+from aria_train.data.text.indexed import DTYPES, HEADER_BYTES, IndexedCorpus, IndexedWriter, token_dtype
 from aria_train.errors import DataError
 from tests.data.corpora import write_corpus
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from aria_train.config import ModelConfig
-from aria_train.data.indexed import DTYPES, IndexedCorpus, IndexedWriter
-from aria_train.data.text import TextSource
+from aria_train.data.text.corpus import TextSource
+from aria_train.data.text.indexed import DTYPES, IndexedCorpus, IndexedWriter
 from tests.data.corpora import random_documents, write_corpus
 
 pytestmark = [

@@ -18,11 +18,11 @@ from PIL import Image
 
 from aria_train.batch import IGNORE_LABEL
 from aria_train.config import ModelConfig, RunConfig, SourceConfig, TrainConfig, VisionConfig
-from aria_train.data import images
 from aria_train.data.loader import pack_windows
-from aria_train.data.multimodal import MultimodalSource, cut_points
-from aria_train.data.multimodal_store import Placement, Reader, Sample, Writer
-from aria_train.data.text import open_source
+from aria_train.data.multimodal import images
+from aria_train.data.multimodal.corpus import MultimodalSource, cut_points
+from aria_train.data.multimodal.store import Placement, Reader, Sample, Writer
+from aria_train.data.text.corpus import open_source
 from aria_train.errors import DataError
 
 VISION = VisionConfig(patch_size=14, image_sizes={28: 3, 56: 7}, min_image_size=14, position_grid=8)
@@ -327,8 +327,8 @@ def test_token_ids_that_do_not_match_their_images_are_refused(tmp_path):
 
 
 def test_samples_come_back_as_written_over_many_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("aria_train.data.multimodal_store._BATCH_BYTES", 3000)
-    monkeypatch.setattr("aria_train.data.multimodal_store._SHARD_BYTES", 20000)
+    monkeypatch.setattr("aria_train.data.multimodal.store._BATCH_BYTES", 3000)
+    monkeypatch.setattr("aria_train.data.multimodal.store._SHARD_BYTES", 20000)
     fresh = itertools.count(100)
     samples = [make_sample([n % 5 + 1, *[SMALL, LARGE, SPLIT][: n % 4]], fresh, f"f:{n}") for n in range(50)]
     reader = Reader(write(tmp_path / "corpus", samples))

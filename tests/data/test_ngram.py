@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aria_train.data import ngram
 from aria_train.data.loader import pack_windows, validation_batches
-from aria_train.data.ngram import NgramModel
+from aria_train.data.text import ngram
+from aria_train.data.text.ngram import NgramModel
 from aria_train.data.window import Window
 from aria_train.errors import DataError
 from tests.data.corpora import random_documents, run_config, write_corpus

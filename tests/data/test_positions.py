@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from aria_train.data.positions import position_ids
+from aria_train.data.multimodal.positions import position_ids
 
 
 def released_buckets(count: int, grid: int) -> np.ndarray:

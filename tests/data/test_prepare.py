@@ -11,11 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from aria_train.data import prepare as prepare_module
-from aria_train.data.indexed import IndexedCorpus
-from aria_train.data.prepare import is_held_out, prepare
-from aria_train.data.prepare_inputs import find_inputs, read_documents, split_into_units
-from aria_train.data.tokenizer import load_tokenizer, train_tokenizer
+from aria_train.data.prepare import text as prepare_module
+from aria_train.data.prepare.text import is_held_out, prepare
+from aria_train.data.prepare.text_inputs import find_inputs, read_documents, split_into_units
+from aria_train.data.text.indexed import IndexedCorpus
+from aria_train.data.text.tokenizer import load_tokenizer, train_tokenizer
 from aria_train.errors import DataError
 
 WORDS = ["quick", "brown", "foxes", "jump", "over", "lazy", "dogs", "and", "nap", "in", "warm", "autumn", "sun"]

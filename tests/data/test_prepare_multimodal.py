@@ -16,12 +16,12 @@ from PIL import Image
 
 from aria_train.cli import main
 from aria_train.config import ModelConfig, VisionConfig
-from aria_train.data import images
-from aria_train.data.multimodal_formats import BadRecord, Encoder, Recipe
-from aria_train.data.multimodal_store import Reader, Sample
-from aria_train.data.prepare_multimodal import prepare_multimodal
-from aria_train.data.tokenizer import load_tokenizer, train_tokenizer
-from aria_train.data.video import sample_frames
+from aria_train.data.multimodal import images
+from aria_train.data.multimodal.formats import BadRecord, Encoder, Recipe
+from aria_train.data.multimodal.store import Reader, Sample
+from aria_train.data.multimodal.video import sample_frames
+from aria_train.data.prepare.multimodal import prepare_multimodal
+from aria_train.data.text.tokenizer import load_tokenizer, train_tokenizer
 from aria_train.errors import DataError
 
 VISION = VisionConfig(patch_size=14, image_sizes={56: 4, 112: 16}, min_image_size=28, position_grid=8)

@@ -9,8 +9,8 @@ import pytest
 
 from aria_train.batch import IGNORE_LABEL
 from aria_train.config import ModelConfig, SourceConfig, VisionConfig
-from aria_train.data import text as text_module
-from aria_train.data.text import TextSource, find_prefixes, open_source
+from aria_train.data.text import corpus as text_module
+from aria_train.data.text.corpus import TextSource, find_prefixes, open_source
 from aria_train.errors import DataError
 from tests.data.corpora import END, random_documents, run_config, write_corpus
 

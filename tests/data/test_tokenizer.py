@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from aria_train.data import tokenizer as tokenizers_
-from aria_train.data.tokenizer import PUBLISHED_TOKENS, load_tokenizer, train_on_files, train_tokenizer
+from aria_train.data.text import tokenizer as tokenizers_
+from aria_train.data.text.tokenizer import PUBLISHED_TOKENS, load_tokenizer, train_on_files, train_tokenizer
 from aria_train.errors import DataError
 
 TEXTS = [Path(__file__).read_text(encoding="utf-8")] * 3

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from aria_train.config import ModelConfig, VisionConfig
-from aria_train.data.multimodal_formats import Encoder, Recipe
-from aria_train.data.tokenizer import train_tokenizer
+from aria_train.data.multimodal.formats import Encoder, Recipe
+from aria_train.data.text.tokenizer import train_tokenizer
 from demo.images import FORMATS, LARGE, SMALL, Digits, charts, draw_chart, make_all
 
 SCALE = 0.02

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from PIL import Image
 
 from aria_train.config import ModelConfig, RunConfig
-from aria_train.data.tokenizer import train_tokenizer
+from aria_train.data.text.tokenizer import train_tokenizer
 from aria_train.model import AriaModel
 from aria_train.model.init import initialise
 from aria_train.parallel import checkpoint
@@ -111,7 +111,7 @@ def random_ids(count: int, seed: int) -> list[int]:
 
 def text_corpus(folder: Path, tokenizer: str, documents: int = 12) -> str:
     """A text corpus of short and long documents with sentences; returns its prefix."""
-    from aria_train.data.tokenizer import load_tokenizer
+    from aria_train.data.text.tokenizer import load_tokenizer
     from tests.tiny import write_corpus
 
     encode = load_tokenizer(tokenizer)
@@ -127,8 +127,8 @@ def text_corpus(folder: Path, tokenizer: str, documents: int = 12) -> str:
 
 def chat_corpus(folder: Path, tokenizer: str, name: str, samples: int, seed: int = 0) -> str:
     """A prepared corpus of questions about an image of varying size; returns its folder."""
-    from aria_train.data.multimodal_formats import Recipe
-    from aria_train.data.prepare_multimodal import prepare_multimodal
+    from aria_train.data.multimodal.formats import Recipe
+    from aria_train.data.prepare.multimodal import prepare_multimodal
 
     raw = folder / f"{name}_raw"
     raw.mkdir(parents=True)

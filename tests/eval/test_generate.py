@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aria_train.data import images
+from aria_train.data.multimodal import images
 from aria_train.eval.generate import answer_batch, choose, generate, next_tokens, opening
 from aria_train.eval.prompts import Picture, Prompt, pack_prompts
 from aria_train.eval.terminal import decode_stream
@@ -125,7 +125,7 @@ def test_a_seed_fixes_the_sample_and_top_p_shuts_out_the_unlikely():
 
 
 def test_characters_of_several_tokens_are_shown_whole(tmp_path: Path):
-    from aria_train.data.tokenizer import load_tokenizer
+    from aria_train.data.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(small_tokenizer(tmp_path))
     text = "a fox: 狐 🦊!"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aria_train.batch import MicroBatch
 from aria_train.config import NeedleConfig, ParallelConfig
-from aria_train.data.needles import (
+from aria_train.data.text.needles import (
     ADJECTIVES,
     NOUNS,
     Haystack,
@@ -24,7 +24,7 @@ from aria_train.data.needles import (
     training_documents,
     write_training_data,
 )
-from aria_train.data.tokenizer import load_tokenizer
+from aria_train.data.text.tokenizer import load_tokenizer
 from aria_train.errors import ConfigError, DataError
 from aria_train.eval.answers import read_questions, read_samples
 from aria_train.eval.needle import Grid, Needles, TextNeedles, VisualNeedles, default_lengths, even_depths, run_needles
@@ -330,7 +330,7 @@ def test_training_documents_fit_and_ask_for_every_fact(haystack: Haystack):
 
 def test_training_data_is_json_lines_for_data_prepare(haystack: Haystack, folder: Path, tmp_path: Path):
     from aria_train.cli import main
-    from aria_train.data.indexed import IndexedCorpus
+    from aria_train.data.text.indexed import IndexedCorpus
 
     output = tmp_path / "made" / "needles.jsonl"
     total = write_training_data(output, haystack, 10, 128, 300, seed=1)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from aria_train.config import ModelConfig
-from aria_train.data.multimodal_formats import Encoder, Recipe
+from aria_train.data.multimodal.formats import Encoder, Recipe
 from aria_train.errors import DataError
 from aria_train.eval.prompts import Prompt, PromptWriter, pack_prompts, read_picture
 from tests.eval.small import MODEL, encoded, picture, small_tokenizer, write_lines

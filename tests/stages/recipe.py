@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from aria_train.config import VisionConfig
-from aria_train.data import images
-from aria_train.data.multimodal_store import Placement, Sample, Writer
+from aria_train.data.multimodal import images
+from aria_train.data.multimodal.store import Placement, Sample, Writer
 from aria_train.parallel import checkpoint
 from tests.tiny import MODEL, random_documents, write_corpus
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from aria_train.config import RunConfig, VisionConfig
-from aria_train.data import images
 from aria_train.data.loader import Loader
-from aria_train.data.multimodal_store import Placement, Sample, Writer
+from aria_train.data.multimodal import images
+from aria_train.data.multimodal.store import Placement, Sample, Writer
 from tests.data.test_multimodal import png
 from tests.distributed import launch, run_distributed
 from tests.tiny import VOCABULARY, tiny_config, unequal_corpora, with_values

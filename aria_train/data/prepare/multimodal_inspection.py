@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from aria_train.data import images
-from aria_train.data import tokenizer as tokenizers_
-from aria_train.data.images import BadImage
-from aria_train.data.inspection import length_histogram
-from aria_train.data.multimodal import plan_samples
-from aria_train.data.multimodal_store import Reader, Sample
+from aria_train.data.multimodal import images
+from aria_train.data.multimodal.corpus import plan_samples
+from aria_train.data.multimodal.images import BadImage
+from aria_train.data.multimodal.store import Reader, Sample
+from aria_train.data.prepare.inspection import length_histogram
+from aria_train.data.text import tokenizer as tokenizers_
 from aria_train.errors import DataError
 
 _SHOWN_CHARACTERS = 2000

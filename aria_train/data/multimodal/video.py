@@ -10,7 +10,7 @@ import av
 from PIL import Image
 
 from aria_train.config import VisionConfig
-from aria_train.data.images import MAX_PIXELS, BadImage, resized_size
+from aria_train.data.multimodal.images import MAX_PIXELS, BadImage, resized_size
 
 MAX_FRAMES = 1024
 """Most frames one video may give."""

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from aria_train.data.multimodal_store import Reader, Writer
-from aria_train.data.publish import replacing
+from aria_train.data.multimodal.store import Reader, Writer
+from aria_train.data.prepare.publish import replacing
 from aria_train.data.views import ConcatenatedReader
 from aria_train.errors import DataError
 

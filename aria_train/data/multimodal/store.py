@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from aria_train.data.images import ImageLayout
+from aria_train.data.multimodal.images import ImageLayout
 from aria_train.errors import DataError
 
 KIND, VERSION = "multimodal", 1

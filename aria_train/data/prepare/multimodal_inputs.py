@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet
 
-from aria_train.data.prepare_inputs import Skipped
+from aria_train.data.prepare.text_inputs import Skipped
 
 GLOBS = ("*.jsonl", "*.jsonl.gz", "*.parquet", "*.arrow")
 """What is read of a folder when nothing else is asked for."""

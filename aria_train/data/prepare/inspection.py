@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from aria_train.data import tokenizer as tokenizers_
-from aria_train.data.indexed import IndexedCorpus
 from aria_train.data.packing import plan_documents
-from aria_train.data.text import find_prefixes
+from aria_train.data.text import tokenizer as tokenizers_
+from aria_train.data.text.corpus import find_prefixes
+from aria_train.data.text.indexed import IndexedCorpus
 from aria_train.errors import DataError
 
 _BAR = 20
@@ -27,7 +27,7 @@ def inspect(args: argparse.Namespace) -> None:
     if args.context_length < 1:
         raise DataError(f"--context-length {args.context_length}: must be 1 or more.")
     if (Path(args.path) / "meta.json").is_file():
-        from aria_train.data import multimodal_inspection
+        from aria_train.data.prepare import multimodal_inspection
 
         return multimodal_inspection.inspect(args)
     console = Console()

@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from aria_train.config import load_config
-from aria_train.data import multimodal_inputs, tokenizer
-from aria_train.data.multimodal_formats import BadRecord, Encoder, Recipe
-from aria_train.data.multimodal_inputs import Unit, read_records
-from aria_train.data.multimodal_store import Sample, Writer
-from aria_train.data.prepare import SkipReport
-from aria_train.data.prepare_inputs import Skipped, find_inputs
-from aria_train.data.publish import replacing
+from aria_train.data.multimodal.formats import BadRecord, Encoder, Recipe
+from aria_train.data.multimodal.store import Sample, Writer
+from aria_train.data.prepare import multimodal_inputs
+from aria_train.data.prepare.multimodal_inputs import Unit, read_records
+from aria_train.data.prepare.publish import replacing
+from aria_train.data.prepare.text import SkipReport
+from aria_train.data.prepare.text_inputs import Skipped, find_inputs
+from aria_train.data.text import tokenizer
 from aria_train.errors import DataError
 
 
@@ -84,7 +85,7 @@ def prepare_multimodal(
     overwrite: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Makes the folder `output` and, with a hold-out, `output_validation`; returns their metadata by suffix."""
-    from aria_train.data.prepare_report import Progress
+    from aria_train.data.prepare.report import Progress
 
     Encoder(recipe)  # what is wrong with the tokenizer is said before any process starts
     suffixes = ("", "_validation") if holdout_fraction else ("",)
@@ -168,7 +169,7 @@ def _print_report(metadata: dict[Path, dict[str, Any]], skips: SkipReport, outpu
     from rich.console import Console
     from rich.table import Column, Table
 
-    from aria_train.data.prepare_report import print_skipped
+    from aria_train.data.prepare.report import print_skipped
 
     console = Console()
     columns = ("samples", "images", "tokens", "image_tokens", "targets", "longest_sample")

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aria_train.config import ModelConfig, RunConfig, SourceConfig
-from aria_train.data.indexed import IndexedCorpus, strip_suffix
 from aria_train.data.packing import PLAN_VERSION, PackingPlan, cached_plan, plan_documents
+from aria_train.data.text.indexed import IndexedCorpus, strip_suffix
 from aria_train.data.views import chosen
 from aria_train.data.window import Source, Window
 from aria_train.data.work import forward_flops
@@ -27,7 +27,7 @@ def open_source(source: SourceConfig, config: RunConfig) -> Source:
     """
     paths = [source.path] if isinstance(source.path, str) else source.path
     if len(paths) == 1 and (Path(paths[0]) / "meta.json").is_file():
-        from aria_train.data.multimodal import MultimodalSource
+        from aria_train.data.multimodal.corpus import MultimodalSource
 
         return MultimodalSource(source, config)
     if source.concatenate is not None:

@@ -26,9 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from aria_train.data import tokenizer as tokenizers_
-from aria_train.data.indexed import IndexedCorpus, IndexedWriter, publish_files, strip_suffix, token_dtype
-from aria_train.data.prepare_inputs import (
+from aria_train.data.prepare.publish import workplace_beside
+from aria_train.data.prepare.text_inputs import (
     LinesRead,
     Skipped,
     Unit,
@@ -37,7 +36,8 @@ from aria_train.data.prepare_inputs import (
     size_of,
     split_into_units,
 )
-from aria_train.data.publish import workplace_beside
+from aria_train.data.text import tokenizer as tokenizers_
+from aria_train.data.text.indexed import IndexedCorpus, IndexedWriter, publish_files, strip_suffix, token_dtype
 from aria_train.errors import DataError
 
 EXAMPLES_PER_REASON = 5
@@ -129,7 +129,7 @@ def _num_cpus() -> int:
 
 def prepare_text(prefix: str, paths: Sequence[str], job: Job, processes: int) -> dict[str, dict[str, Any]]:
     """Makes the corpora `prefix` and, with a hold-out, `prefix + "_validation"`; returns their metadata by suffix."""
-    from aria_train.data.prepare_report import Progress, print_report
+    from aria_train.data.prepare.report import Progress, print_report
 
     tokenizer = tokenizers_.load_tokenizer(job.tokenizer)
     tokenizers_.end_of_document_id(job.tokenizer, tokenizer)

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from aria_train.batch import IGNORE_LABEL
 from aria_train.config import ModelConfig, RunConfig, SourceConfig
-from aria_train.data import images
-from aria_train.data.images import BadImage, ProcessedImage
-from aria_train.data.multimodal_store import Placement, Sample
+from aria_train.data.multimodal import images
+from aria_train.data.multimodal.images import BadImage, ProcessedImage
+from aria_train.data.multimodal.store import Placement, Sample
 from aria_train.data.packing import PLAN_VERSION, PackingPlan, PackingStats, cached_plan, pack
 from aria_train.data.views import SampleReader, open_reader
 from aria_train.data.window import Window

@@ -29,10 +29,11 @@ from typing import Any, Literal
 import numpy as np
 
 from aria_train.config import ModelConfig
-from aria_train.data import images, tokenizer
-from aria_train.data.images import BadImage
-from aria_train.data.multimodal_store import Placement, Sample
-from aria_train.data.video import sample_frames
+from aria_train.data.multimodal import images
+from aria_train.data.multimodal.images import BadImage
+from aria_train.data.multimodal.store import Placement, Sample
+from aria_train.data.multimodal.video import sample_frames
+from aria_train.data.text import tokenizer
 from aria_train.errors import DataError
 
 Format = Literal["chat", "interleaved", "captions"]

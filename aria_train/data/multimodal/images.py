@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from aria_train.config import VisionConfig
-from aria_train.data.positions import position_ids
+from aria_train.data.multimodal.positions import position_ids
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused as decompression bombs: the size from which Pillow itself warns, 256 MiB once decoded."""

@@ -14,9 +14,9 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from aria_train.data.permutation import permute
-from aria_train.data.prepare_inputs import Skipped, read_documents, split_into_units
-from aria_train.data.prepare_report import Progress
-from aria_train.data.publish import replacing
+from aria_train.data.prepare.publish import replacing
+from aria_train.data.prepare.report import Progress
+from aria_train.data.prepare.text_inputs import Skipped, read_documents, split_into_units
 from aria_train.errors import DataError
 
 NUM_RESERVED = 64

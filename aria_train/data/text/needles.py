@@ -22,9 +22,9 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from aria_train.data.indexed import IndexedCorpus
-from aria_train.data.text import find_prefixes
-from aria_train.data.tokenizer import end_of_document_id, load_tokenizer
+from aria_train.data.text.corpus import find_prefixes
+from aria_train.data.text.indexed import IndexedCorpus
+from aria_train.data.text.tokenizer import end_of_document_id, load_tokenizer
 from aria_train.errors import DataError
 
 _ADJECTIVES = (

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aria_train.batch import IGNORE_LABEL, MicroBatch
-from aria_train.data.indexed import IndexedCorpus
-from aria_train.data.text import find_prefixes
+from aria_train.data.text.corpus import find_prefixes
+from aria_train.data.text.indexed import IndexedCorpus
 from aria_train.errors import DataError
 
 _CHUNK_TOKENS = 1 << 22

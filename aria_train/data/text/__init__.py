@@ -1,0 +1,1 @@
+"""Text corpora: Megatron's indexed files, tokenizers, and what is made of them."""
