@@ -73,6 +73,10 @@ class MicroBatch:
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
 
+    @property
+    def num_images(self) -> int:
+        return 0 if self.images is None else len(self.images.num_queries)
+
     def source_of_target(self) -> Tensor:
         """int64 [number of targets]: the source each target came from."""
         per_token = torch.repeat_interleave(self.source_ids, self.starts.diff(), output_size=self.num_tokens)

@@ -36,7 +36,9 @@ SMALL, LARGE = 56, 112
 HELD_OUT_EVERY = 6
 """One digit of so many is held out."""
 CHART_COLORS = ("#3b6ea5", "#c2571a", "#3d7a4e", "#444444")
-DIGIT_QUESTION = "Which digit is this?"
+DIGIT_QUESTION = "Which digit?"
+CAPTIONS = ("{0}", "{0}", "{0}", "{0} by hand", "{0} ({1})")
+"""Short, and most often the digit alone: what a caption says is learned from its first token after the image."""
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 Record = dict[str, Any]
@@ -101,8 +103,7 @@ def digit_captions(digits: Digits, rng: random.Random) -> Iterator[Sample]:
     """The training digits over and over, with captions."""
     for index in itertools.cycle(digits.train):
         value = digits.values[index]
-        caption = rng.choice(("{0}, a handwritten digit.", "{0}, written by hand.", "{0} ({1}) in ink."))
-        words = caption.format(value, NAMES[value])
+        words = rng.choice(CAPTIONS).format(value, NAMES[value])
 
         def record(paths: list[str], words: str = words) -> Record:
             return {"image": paths[0], "text": words, "category": "captions"}
@@ -245,7 +246,7 @@ def make_all(sources: Path, folder: Path, seed: int = SEED, scale: float = 1.0) 
     kinds: dict[str, Callable[[random.Random], Iterable[Sample]]] = {
         "digits": lambda rng: itertools.islice(digit_questions(digits, rng), some(3000)),
         "digits_validation": lambda rng: held_out_digit_questions(digits),
-        "captions": lambda rng: itertools.islice(digit_captions(digits, rng), some(3000)),
+        "captions": lambda rng: itertools.islice(digit_captions(digits, rng), some(5000)),
         "interleaved": lambda rng: documents(digits, rng, some(500)),
         "pages": lambda rng: pages(prose(sources, some(1000)), rng),
         "charts": lambda rng: charts(rng, some(500)),

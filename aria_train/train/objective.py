@@ -31,6 +31,7 @@ class Totals:
 
     targets: float
     tokens: float
+    images: int = 0
 
 
 def objective(output: AriaOutput, totals: Totals, previous_counts: Tensor, config: ModelConfig) -> Tensor:

@@ -144,6 +144,7 @@ class Trainer:
             "step": state.step,
             "tokens": state.step * config.tokens_per_step,
             **losses,
+            **({} if config.model.vision is None else {"images": totals.images}),
             **self.loader.epochs(state.step),
             "grad_norm": grad_norm,
             "lr": lr,
@@ -167,10 +168,10 @@ class Trainer:
         optimizer.step()
 
     def _totals(self, batches: list[MicroBatch]) -> Totals:
-        """Targets and tokens of the global batch."""
-        mine = torch.tensor([sum(b.num_targets for b in batches), sum(b.num_tokens for b in batches)])
-        both = sum_over_ranks({"both": mine}, self.device)["both"].tolist()
-        return Totals(targets=both[0], tokens=both[1])
+        """Targets, tokens and images of the global batch."""
+        mine = torch.tensor([[b.num_targets, b.num_tokens, b.num_images] for b in batches]).sum(0)
+        targets, tokens, images = sum_over_ranks({"mine": mine}, self.device)["mine"].tolist()
+        return Totals(targets, tokens, int(images))
 
     def _build_state(self) -> TrainState:
         """The sharded model without weights yet, and its optimizer."""

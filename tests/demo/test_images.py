@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "python.jsonl").write_text(json.dumps({"path": "a.py", "text": SOURCE}) + "\n")
     counts = make_all(folder / "python.jsonl", folder / "raw", scale=SCALE)
     assert counts == {
-        "digits": 60, "digits_validation": 299, "captions": 60, "interleaved": 10, "pages": 2, "charts": 10
+        "digits": 60, "digits_validation": 299, "captions": 100, "interleaved": 10, "pages": 2, "charts": 10
     }  # fmt: skip
     return folder
 

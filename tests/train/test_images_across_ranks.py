@@ -109,3 +109,9 @@ def test_images_move_the_vision_encoder_and_their_absence_leaves_it(trained: dic
     name = "vision.layers.0.mlp.fc1.bias"
     assert trained["1 rank"]["everywhere"][1][name].abs().max() > 0
     assert trained["1 rank"]["nowhere"][1][name].abs().max() == 0
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_metrics_count_the_images_of_the_global_batch(mix: str, trained: dict[str, Any]) -> None:
+    for layout in LAYOUTS:
+        assert [line["images"] for line in trained[layout][mix][0]] == [2 * len(MIXES[mix])] * STEPS
