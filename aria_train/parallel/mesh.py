@@ -37,6 +37,8 @@ class Meshes:
     dense_data: DeviceMesh
     """1-D (zero x expert) or 2-D (replicate, zero x expert): the ranks that hold the same dense parameters, all."""
     num_replicas: int
+    axes: DeviceMesh
+    """3-D: replicate, zero, expert. `expert` and `expert_data` are parts of it."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -83,12 +85,12 @@ def build_meshes(config: ParallelConfig, device: torch.device) -> Meshes:
     else:
         expert_data = mesh["replicate", "zero"]
         dense_data = init_device_mesh(device.type, (replicas, group), mesh_dim_names=("replicate", "dense"))
-    return Meshes(device, dist.get_rank(), world, mesh["expert"], expert_data, dense_data, replicas)
+    return Meshes(device, dist.get_rank(), world, mesh["expert"], expert_data, dense_data, replicas, mesh)
 
 
 def release(meshes: Meshes) -> None:
     """Ends the process groups of meshes that are used no more; the default group lives on. Collective."""
-    groups = [g for mesh in (meshes.expert, meshes.expert_data, meshes.dense_data) for g in mesh.get_all_groups()]
+    groups = [g for mesh in (meshes.axes, meshes.dense_data) for g in mesh.get_all_groups()]
     for group in dict.fromkeys(groups):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

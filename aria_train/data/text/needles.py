@@ -1,10 +1,9 @@
 """Needles and haystacks: facts that no corpus holds, hidden in text that one does.
 
     ... text of a corpus ...
-    The magic number of the silver river is 4821.
+    The magic number of the hidden river is 4821.
     ... more text ...
-    Question: What is the magic number of the silver river?
-    Answer: The magic number of the silver river is
+    The magic number of the hidden river is
 
 A fact is put behind the last end of a sentence before its depth (Kamradt's needle test does the same). Names are an
 adjective and a noun; the pairs used for evaluation never occur in training, though their words do.
@@ -28,23 +27,27 @@ from aria_train.data.text.tokenizer import end_of_document_id, load_tokenizer
 from aria_train.errors import DataError
 
 _ADJECTIVES = (
-    "black blue brown clean cold dark deep dry empty fast flat full golden gray green hard heavy high hot large light "
-    "long low new old open plain quiet red round sharp short silver simple small soft strong sweet thin white"
+    "bad best big blue clear closed cold current dark empty equal exact extra false final first full global good green "
+    "hidden hot inner large last left local long lost main missing new next old open other plain random raw real red "
+    "right round same short simple single small soft special strict top true upper valid white wide"
 )
 _NOUNS = (
-    "apple bank bird boat book bottle box bridge card chain city clock cloud coat door farm field file fire fish floor "
-    "forest garden gate glass hall hat hill horse house island key king lake lamp letter line map market mirror moon "
-    "mountain name needle night note ocean page paper park pen picture plate queen rain ring river road rock roof "
-    "room rope salt sea ship shoe snow song star station stone storm story street table tower train tree valley "
-    "village wall watch water wheel wind window winter wire wood word world yard year"
+    "action address array block body box buffer byte case cell character child class client code color column command "
+    "cookie copy count date day device directory document door element end entry error event field file filter flag "
+    "float form format frame function garden group handle hash header host house index input item key label lamp "
+    "length level limit line link list lock loop manager map mark match member memory message method mode module name "
+    "node object offset operator option order output package page pair parent parser part path pattern pipe point port "
+    "position process program queue range reader record request result river road row script section sequence server "
+    "set shape signal size socket space stack start state stream string suffix table target task test text thread "
+    "token tree tuple type user value version wheel window writer"
 )
 ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 DIGITS = 4
 """A value's digits, the first of them not 0."""
 _HELD_OUT_EVERY = 5
-_MOST_FACTS = 16
-_SHORTEST = 128
-"""Tokens of a training document at least: a fact, its question, and something to hide it in."""
+_MOST_FACTS, _MOST_MENTIONS = 16, 3
+_SHORTEST = 64
+"""Tokens of a training document at least, and per fact: the fact, its question, and something to hide it in."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,7 @@ class Fact:
     @property
     def question(self) -> str:
         """Ends where the answer begins."""
-        return (
-            f"\nQuestion: What is the magic number of the {self.name}?\nAnswer: The magic number of the {self.name} is"
-        )
+        return f"\nThe magic number of the {self.name} is"
 
     @property
     def answer(self) -> str:
@@ -164,8 +165,8 @@ def write_training_data(
 ) -> int:
     """Writes `count` documents as JSON lines for `aria-train data prepare`; returns their tokens.
 
-    Lengths are log-uniform, from documents that are easily looked through to the longest. Each holds several facts and
-    asks for all of them at its end.
+    Lengths are log-uniform, from documents that are easily looked through to the longest. Each states some facts, a few
+    of them more than once (looking a fact up is learned from every mention but the first), and ends with all of them.
     """
     if not _SHORTEST <= min_tokens <= max_tokens:
         raise DataError(
@@ -193,18 +194,17 @@ def training_documents(
 
 
 def _training_document(haystack: Haystack, length: int, random: np.random.Generator) -> tuple[str, int]:
-    most = min(max(length // _SHORTEST, 1), _MOST_FACTS)
+    most = min(max(length // (2 * _SHORTEST), 1), _MOST_FACTS)
     facts = draw_facts(random, int(random.integers(1, most + 1)), held_out=False)
     asked = random.permutation(len(facts)).tolist()
     questions = "".join(f"{facts[index].question}{facts[index].answer}." for index in asked)
-    depths = random.uniform(0, 1, len(facts)).tolist()
     room = length - 1 - len(haystack.encode(questions))
+    mentions = _mentions(haystack, facts, room, random)
     # Text cut out of a corpus may need a token more when it is tokenized again: then there is less of it.
     state = random.bit_generator.state
     while True:
         random.bit_generator.state = state
-        hidden = haystack.hide(room, list(zip(facts, depths, strict=True)), random)
-        text = haystack.tokenizer.decode(hidden, skip_special_tokens=False) + questions
+        text = haystack.tokenizer.decode(haystack.hide(room, mentions, random), skip_special_tokens=False) + questions
         excess = len(haystack.encode(text)) + 1 - length
         if excess <= 0:
             return text, length + excess
@@ -214,3 +214,17 @@ def _training_document(haystack: Haystack, length: int, random: np.random.Genera
                 "Let the shortest documents be longer."
             )
         room -= excess
+
+
+def _mentions(
+    haystack: Haystack, facts: Sequence[Fact], room: int, random: np.random.Generator
+) -> list[tuple[Fact, float]]:
+    """(fact, depth) of every statement: each fact once, and more often while half the room is left for other text."""
+    mentions = [(fact, float(random.uniform())) for fact in facts]
+    left = room // 2 - sum(len(haystack.encode(fact.statement)) for fact in facts)
+    for fact in facts:
+        for _ in range(int(random.integers(_MOST_MENTIONS))):
+            left -= len(haystack.encode(fact.statement))
+            if left >= 0:
+                mentions.append((fact, float(random.uniform())))
+    return mentions
