@@ -12,9 +12,9 @@ import pytest
 from aria_train.batch import IGNORE_LABEL
 from aria_train.cli import main
 from aria_train.config import RunConfig, SourceConfig
-from aria_train.data.multimodal import MultimodalSource
-from aria_train.data.multimodal_store import Reader
-from aria_train.data.text import open_source
+from aria_train.data.multimodal.corpus import MultimodalSource
+from aria_train.data.multimodal.store import Reader
+from aria_train.data.text.corpus import open_source
 from aria_train.data.views import ConcatenatedReader, SelectedReader
 from aria_train.errors import DataError
 from tests.stages.recipe import (

@@ -42,15 +42,34 @@ def test_dry_run_shows_the_papers_recipe(
     monkeypatch.chdir(tmp_path)
     assert main(["curriculum", *paths, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    rows = {cells[0]: cells for line in shown.splitlines() if (cells := _cells(line)) and cells[0].startswith("stage")}
+    name = ""
+    rows: dict[str, list[str]] = {}
+    mixtures: dict[str, list[str]] = {}
+    for line in shown.splitlines():
+        if not (cells := _cells(line)):
+            continue
+        name = cells[0] if cells[0].startswith("stage") else name
+        rows.setdefault(name, cells)
+        mixtures.setdefault(name, []).append(cells[6])
     assert [rows[name][1:4] for name in ("stage1_lang", "stage2_mm", "stage3_longctx", "stage4_post")] == [
         ["8K", "100K", "6.4T"],
         ["8K", "100K", "1.4T"],
         ["64K", "5M", "33B"],
         ["64K", "5M", "20B"],
     ]
-    for share in ("71.6% language", "13.6% interleaved_web", "5.0% synthetic_captions", "7.3% documents", "2.5% video"):
-        assert share in shown
+    assert {name: [row for row in mixture if row] for name, mixture in mixtures.items()} == {
+        "stage1_lang": ["100.0% text"],
+        # Of billions of tokens: 1000 of language; 190, 70, 102 and 35 of images and text (paper, section 3.2).
+        "stage2_mm": ["71.6% language", "13.6% interleaved_web", "5.0% synthetic_captions", "7.3% documents",
+                      "2.5% video"],
+        # 12 of language and 21 of images and text; 24.2 + 15.2 + 14.5 + 15.2 = 69% long.
+        "stage3_longctx": ["24.2% language_long", "12.1% language_short", "15.2% video_long", "14.5% documents_long",
+                           "15.2% images_then_captions", "18.8% multimodal_short"],
+        "stage4_post": ["20.0% text_instructions", "10.0% code", "10.0% mathematics", "20.0% image_questions",
+                        "10.0% image_conversations", "15.0% documents_charts_tables", "5.0% several_images",
+                        "7.5% video_questions", "2.5% long_documents"],
+    }  # fmt: skip
+    assert [rows[name][7].split()[0] for name in list(rows)[1:]] == ["stage1_lang", "stage2_mm", "stage3_longctx"]
     assert "do not exist" in shown
     assert not any(tmp_path.iterdir()), "a dry run leaves nothing"
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from aria_train.batch import IGNORE_LABEL, MicroBatch
 from aria_train.config import RunConfig
 from aria_train.data.loader import pack_windows
-from aria_train.data.multimodal_formats import Recipe
-from aria_train.data.prepare_multimodal import prepare_multimodal
-from aria_train.data.text import open_source
-from aria_train.data.tokenizer import load_tokenizer, train_tokenizer
+from aria_train.data.multimodal.formats import Recipe
+from aria_train.data.prepare.multimodal import prepare_multimodal
+from aria_train.data.text.corpus import open_source
+from aria_train.data.text.tokenizer import load_tokenizer, train_tokenizer
 from aria_train.data.window import Source, Window
 from aria_train.model import AriaModel
 from tests.stages.recipe import VISION, png
