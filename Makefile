@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-data clean-demo test lint format
+.PHONY: help setup demo demo-data clean-demo test lint format bench
 
 PYTHON ?= python3
 venv_python := .venv/bin/python
@@ -15,6 +15,7 @@ help:
 	@echo 'make demo-data   prepare the corpora of the demo and nothing else (data/small/)'
 	@echo 'make clean-demo  forget the demo: the next one starts over'
 	@echo 'make test        lint, types, then every test'
+	@echo 'make bench       measure speed beside peers, into docs/performance.md (nothing else should run)'
 	@echo 'make lint        ruff and mypy only'
 	@echo 'make format      let ruff mend what it can'
 	@echo 'make setup       only install into .venv (PYTHON=python3.12 picks the interpreter)'
@@ -46,6 +47,9 @@ lint: $(installed)
 	@$(venv_python) -m ruff check --quiet .
 	@$(venv_python) -m ruff format --check --quiet .
 	@$(venv_python) -m mypy
+
+bench: $(installed)
+	@$(venv_python) -m benchmarks.run
 
 format: $(installed)
 	@$(venv_python) -m ruff check --fix .

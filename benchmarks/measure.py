@@ -1,0 +1,114 @@
+"""How things are timed here: side by side in one run, in turns, many times; ratios of neighbours, medians, spread.
+
+A machine's speed drifts by more than what is to be measured, so a figure from one run says nothing beside one from
+another. What runs in turns sees the same machine.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One side against another, measured in turns."""
+
+    ours: list[float]
+    """Seconds of each turn."""
+    theirs: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is: the median over turns."""
+        return statistics.median(self._ratios)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Quartiles of the ratio over turns."""
+        low, _, high = statistics.quantiles(self._ratios, n=4)
+        return low, high
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Medians: ours, theirs."""
+        return statistics.median(self.ours), statistics.median(self.theirs)
+
+    @property
+    def _ratios(self) -> list[float]:
+        return [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+
+
+def compare(ours: Run, theirs: Run, turns: int, warmup: int = 1) -> Comparison:
+    """Times two things in turns, whose order alternates."""
+    for _ in range(warmup):
+        ours()
+        theirs()
+    times: tuple[list[float], list[float]] = ([], [])
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(turns):
+            for side in (0, 1) if turn % 2 == 0 else (1, 0):
+                times[side].append(seconds_of(theirs if side else ours))
+    finally:
+        gc.enable()
+    return Comparison(*times)
+
+
+def seconds_of(run: Run) -> float:
+    began = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def gemm_ceiling(dtype: torch.dtype, size: int = 2048, turns: int = 7) -> float:
+    """FLOP/s of one large square matrix product, the most this machine was seen to do: the best of some."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    return 2 * size**3 / min(seconds_of(lambda: torch.mm(a, b)) for _ in range(turns))
+
+
+def peak_memory(build: Callable[..., Run], *arguments: Any, threads: int) -> int:
+    """Bytes that a process needs at most, beyond what its imports take, to build something and run it twice.
+
+    `build(*arguments)` is called, and what it returns, in a process of its own.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_measure_peak, args=(theirs, threads, build, arguments))
+    process.start()
+    theirs.close()
+    try:
+        return int(ours.recv())
+    finally:
+        process.join()
+
+
+def _measure_peak(pipe: Any, threads: int, build: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    baseline = _status("VmRSS")
+    run = build(*arguments)
+    run()
+    run()
+    pipe.send(_status("VmHWM") - baseline)
+
+
+def _status(field: str) -> int:
+    fields: Mapping[str, str] = dict(
+        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
+    )
+    return int(fields[field].split()[0]) * 1024

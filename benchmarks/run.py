@@ -1,0 +1,65 @@
+"""`make bench`: every row, or those named; shows them, and writes JSON and the documentation's table.
+
+python -m benchmarks.run [vision text multimodal moe pieces data checkpoint startup] [--turns 7] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import table, training_step, vision
+from benchmarks.measure import gemm_ceiling
+from benchmarks.table import Row
+
+RESULTS = Path("benchmarks/results.json")
+PAGE = Path("docs/performance.md")
+BEGIN, END = "<!-- table of make bench -->", "<!-- end of the table -->"
+
+Suite = Callable[[int, dict[str, float]], list[Row]]
+SUITES: dict[str, Suite] = {
+    "vision": lambda turns, ceilings: vision.rows(turns, ceilings["fp32"]),
+    "text": lambda turns, ceilings: training_step.rows(turns, ceilings, training_step.TEXT),
+    "multimodal": lambda turns, ceilings: training_step.rows(turns, ceilings, training_step.MULTIMODAL),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)} (default: all)")
+    parser.add_argument("--turns", type=int, default=7, help="measurements of each side (default: 7)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each side")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.suites) - set(SUITES):
+        parser.error(f"no suite {', '.join(sorted(unknown))}: there are {', '.join(SUITES)}")
+    torch.set_num_threads(arguments.threads)
+
+    ceilings = {name: gemm_ceiling(dtype) for name, dtype in training_step.DTYPES.items()}
+    facts = table.machine() | {f"gemm_{name}_gflops": round(value / 1e9) for name, value in ceilings.items()}
+    print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+    rows: list[Row] = []
+    for name in arguments.suites or SUITES:
+        began = time.perf_counter()
+        print(f"{name} ...", flush=True)
+        rows += SUITES[name](arguments.turns, ceilings)
+        print(f"  {time.perf_counter() - began:.0f} s", flush=True)
+    table.show(rows)
+    if not arguments.suites:
+        table.write_json(RESULTS, rows, facts)
+        write_page(rows, facts)
+
+
+def write_page(rows: list[Row], facts: dict[str, object]) -> None:
+    """Puts the table into its place in the documentation."""
+    page = PAGE.read_text()
+    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+    on = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())
+    PAGE.write_text(f"{before}{BEGIN}\n\n{on}\n\n{table.markdown(rows)}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What was measured, as rows: shown, written as JSON, and as a table for the documentation."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import Comparison
+
+COLUMNS = ("what", "against", "ratio", "quartiles", "ours", "theirs", "of the GEMM ceiling", "memory", "shape")
+
+
+@dataclass
+class Row:
+    what: str
+    against: str
+    comparison: Comparison
+    shape: str
+    share: float | None = None
+    """Of the machine's matrix products at the same precision; ours."""
+    memory: float | None = None
+    """Ours over theirs, at the peak."""
+
+    def as_json(self) -> dict[str, Any]:
+        ours, theirs = self.comparison.seconds
+        return {
+            "what": self.what,
+            "against": self.against,
+            "shape": self.shape,
+            "ratio": self.comparison.ratio,
+            "quartiles": list(self.comparison.spread),
+            "seconds": ours,
+            "their_seconds": theirs,
+            "share_of_gemm_ceiling": self.share,
+            "memory_ratio": self.memory,
+        }
+
+    def cells(self) -> list[str]:
+        """In the order of COLUMNS."""
+        (ours, theirs), (low, high) = self.comparison.seconds, self.comparison.spread
+        share = "" if self.share is None else f"{self.share:.0%}"
+        memory = "" if self.memory is None else f"{self.memory:.2f}x"
+        ratio, spread = f"{self.comparison.ratio:.2f}x", f"{low:.2f} to {high:.2f}"
+        return [self.what, self.against, ratio, spread, duration(ours), duration(theirs), share, memory, self.shape]
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    facts = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def show(rows: list[Row]) -> None:
+    table = Table(*COLUMNS, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*row.cells())
+    Console(width=200, highlight=False).print(table)
+
+
+def write_json(path: Path, rows: list[Row], facts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": facts, "rows": [row.as_json() for row in rows]}, indent=2) + "\n")
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells() for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
