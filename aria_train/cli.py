@@ -38,6 +38,7 @@ def _build_parser() -> argparse.ArgumentParser:
     from aria_train.data import commands as data_commands
     from aria_train.eval import commands as eval_commands
     from aria_train.parallel import checkpoint_commands
+    from aria_train.plan import commands as plan_commands
 
     parser = argparse.ArgumentParser(
         prog="aria-train",
@@ -64,6 +65,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _register_weights(subparsers)
     eval_commands.register(subparsers)
     checkpoint_commands.register(subparsers)
+    plan_commands.register(subparsers)
     launch.register(subparsers)
     return parser
 
