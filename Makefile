@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-data clean-demo test lint format bench
+.PHONY: help setup demo demo-data clean-demo test lint format bench slurm-test
 
 PYTHON ?= python3
 venv_python := .venv/bin/python
@@ -16,6 +16,7 @@ help:
 	@echo 'make clean-demo  forget the demo: the next one starts over'
 	@echo 'make test        lint, types, then every test'
 	@echo 'make bench       measure speed beside peers, into docs/performance.md (nothing else should run)'
+	@echo 'make slurm-test  install SLURM (Debian, apt) and run a job under it that is preempted and requeued'
 	@echo 'make lint        ruff and mypy only'
 	@echo 'make format      let ruff mend what it can'
 	@echo 'make setup       only install into .venv (PYTHON=python3.12 picks the interpreter)'
@@ -42,6 +43,13 @@ clean-demo:
 
 test: lint
 	@$(venv_python) -m pytest
+
+# Where it is not installed yet, that takes the rights to do so.
+slurm-test: $(installed)
+	@command -v sbatch >/dev/null && PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null || { \
+		root=; [ "$$(id -u)" = 0 ] || root=sudo; \
+		$$root apt-get update -qq && $$root apt-get install -y -qq --no-install-recommends slurm-wlm; }
+	@$(venv_python) -m pytest tests/slurm
 
 lint: $(installed)
 	@$(venv_python) -m ruff check --quiet .
