@@ -91,11 +91,11 @@ def _tokens(config: RunConfig, layout: Layout) -> list[Collective]:
 
 
 def _figures(config: RunConfig, layout: Layout) -> list[Collective]:
-    """Targets of the global batch; losses, routing statistics and the ranks' pulse; the gradient norm."""
+    """Targets, tokens and images of the batch; losses, routing statistics, the ranks' pulse; the gradient norm."""
     model, sources = config.model, max(1, len(config.data.train))
     statistics = 2 * sources + 2 * model.num_layers * (model.num_experts + 1)
     pulse = 2 + 2 * layout.world
-    return [Collective("figures", "all-reduce", layout.world, 3, _FIGURE_BYTES * (2 + statistics + pulse + 1))]
+    return [Collective("figures", "all-reduce", layout.world, 3, _FIGURE_BYTES * (3 + statistics + pulse + 1))]
 
 
 def bytes_per_weight(config: RunConfig) -> int:
