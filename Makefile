@@ -4,14 +4,15 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-data clean-demo test lint format bench slurm-test
+.PHONY: help setup demo demo-quick demo-data clean-demo test lint format bench slurm-test
 
 PYTHON ?= python3
 venv_python := .venv/bin/python
 installed := .venv/installed
 
 help:
-	@echo 'make demo        train a small model on this machine and show what it learned (runs/demo/)'
+	@echo 'make demo        train a small model through all stages, show what it learned (runs/demo/)'
+	@echo 'make demo-quick  the same with a tenth of the tokens: all of it at work, little learned'
 	@echo 'make demo-data   prepare the corpora of the demo and nothing else (data/small/)'
 	@echo 'make clean-demo  forget the demo: the next one starts over'
 	@echo 'make test        lint, types, then every test'
@@ -35,11 +36,14 @@ $(installed): pyproject.toml constraints.txt
 demo: $(installed)
 	@$(venv_python) -m demo.run
 
+demo-quick: $(installed)
+	@$(venv_python) -m demo.run --quick
+
 demo-data: $(installed)
-	@$(venv_python) -m demo.images
+	@$(venv_python) -m demo.corpora
 
 clean-demo:
-	@rm -rf runs/demo data/small
+	@rm -rf runs/demo runs/demo-quick data/small
 
 test: lint
 	@$(venv_python) -m pytest

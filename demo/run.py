@@ -1,17 +1,18 @@
-"""`make demo`: prepares real text and images, trains a small Aria through two stages on two processes, and shows what
-it learned.
+"""`make demo`: a small Aria through all four stages on two processes, and a page that shows what it learned.
+
+    corpora -> `aria-train curriculum` over configs/small/ -> evaluations -> runs/demo/report/index.html
 
 Every part that is done already is skipped, and training goes on from its newest checkpoint, so an interrupted demo
-continues and a finished one shows its results again. Everything it makes is under `data/small/` and `runs/demo/`.
+continues and a finished one shows its results again. `make demo-quick` does the same with a tenth of the tokens: too
+few to learn much from, enough to see all of it work.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.columns import Columns
@@ -20,116 +21,109 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from aria_train.config import RunConfig, load_config
-from aria_train.data.loader import validation_batches
-from aria_train.data.text.ngram import NgramModel
-from aria_train.train.metrics import read_metrics
-from demo import multimodal, text
+from aria_train.config import load_config
+from demo import corpora, shell
 from demo.curve import Curve, save_picture, terminal_chart
-from demo.shell import DemoError, run_script, show, torchrun
+from demo.report import newest, write_report
+from demo.samples import read_samples, write_samples
+from demo.shell import run_script, torchrun
+from demo.summary import LANGUAGE, LONG, MULTIMODAL, POST, STAGES, Summary, evaluations, summarise
 
-RUNS = Path("runs/demo")
-SUMMARY = RUNS / "summary.json"
 PROCESSES = 2
-LANGUAGE = "stage1_lang"
-PROMPT = '''class Stack:
-    """A last-in, first-out collection of items."""
-
-    def __init__(self):
-'''
-
-
-@dataclass
-class LanguageSummary:
-    """Mean cross-entropies of the same held-out tokens, in nats per token."""
-
-    heldout_loss_before: float
-    heldout_loss_after: float
-    unigram_loss: float
-    bigram_loss: float
+CONFIGS = [f"configs/small/{name}.yaml" for name in STAGES]
+FULL, QUICK = Path("runs/demo"), Path("runs/demo-quick")
+QUICK_TOKENS = "120K"
+QUICK_OVERRIDES = (
+    f"train.max_tokens={QUICK_TOKENS}",
+    f"schedule.total_tokens={QUICK_TOKENS}",
+    "schedule.warmup_tokens=20K",
+    "train.eval_windows=16",
+    "checkpoint.interval_steps=1000",
+)
 
 
-def main() -> None:
+def main(root: Path = FULL, overrides: Sequence[str] = ()) -> None:
     """Runs whatever is left of the demo, then shows everything."""
-    summary = json.loads(SUMMARY.read_text()) if SUMMARY.exists() else {}
-    finished = LANGUAGE in summary and multimodal.STAGE in summary
-    if LANGUAGE not in summary:
-        text.prepare()
-        summary[LANGUAGE] = asdict(run_language())
-        write_atomically(SUMMARY, json.dumps(summary, indent=2) + "\n")
-    if multimodal.STAGE not in summary:
-        summary[multimodal.STAGE] = asdict(multimodal.run_multimodal(RUNS, LANGUAGE, PROCESSES))
-        write_atomically(SUMMARY, json.dumps(summary, indent=2) + "\n")
-    show_language(LanguageSummary(**summary[LANGUAGE]))
-    multimodal.show_multimodal(multimodal.MultimodalSummary(**summary[multimodal.STAGE]), RUNS)
+    summary_file, page = root / "summary.json", root / "report" / "index.html"
+    finished = summary_file.exists() and page.exists()
+    if not finished:
+        corpora.prepare()
+        torchrun(PROCESSES, "curriculum", *CONFIGS, f"train.run_dir={root}", *overrides)
+        summary = evaluate(root)
+        write_atomically(summary_file, json.dumps(summary, indent=2) + "\n")
+        write_report(root, summary, "make demo" if root == FULL else "make demo-quick")
+    show(root, json.loads(summary_file.read_text()))
     again = "The demo had run before; these are its results. " if finished else ""
-    print(f"\n{again}`make clean-demo` makes the next `make demo` start over.")
+    print(f"\n{again}`make clean-demo` makes the next one start over.\n\nEverything on one page: {page}")
 
 
-def run_language() -> LanguageSummary:
-    """Trains stage 1 and leaves its curve and a sample of its text in the run's report folder."""
-    run_dir = RUNS / LANGUAGE
-    config_file = Path("configs/small") / f"{LANGUAGE}.yaml"
-    override = f"train.run_dir={run_dir}"
-    torchrun(PROCESSES, "train", str(config_file), override)
-    summary = summarise_language(load_config(config_file, [override]))
-    save_picture(curve_of(summary), title_of(summary), run_dir / "report" / "loss.png")
-    write_atomically(run_dir / "report" / "sample.txt", generate(run_dir, PROMPT))
+def evaluate(root: Path) -> Summary:
+    """What the stages themselves have not measured, and pictures and samples for the report."""
+    shell.evaluate("experts", str(root / MULTIMODAL))
+    digits = shell.evaluate("answers", str(root / POST), "data/small/digits_validation")["accuracy"]
+    write_samples([root / name for name in STAGES])
+    summary = summarise(root, load_config(CONFIGS[0]), load_config(CONFIGS[2]), digits)
+    save_picture(curve_of(root, summary), title_of(summary), root / LANGUAGE / "report" / "loss.png")
     return summary
 
 
-def summarise_language(config: RunConfig) -> LanguageSummary:
-    """Held-out losses from the run's record, and n-gram models of the training corpus scored on the same tokens."""
-    evaluations = read_metrics(Path(config.train.run_dir) / "evaluations.jsonl")
-    paths = [source.path for source in config.data.train]
-    corpora = [path for entry in paths for path in ([entry] if isinstance(entry, str) else entry)]
-    ngrams = NgramModel.from_corpora(corpora, config.model.vocab_size).score(validation_batches(config))
-    return LanguageSummary(evaluations[0]["loss"], evaluations[-1]["loss"], ngrams.unigram, ngrams.bigram)
+# ---------------------------------------------------------------------------------------------------------------------
+# On the terminal
 
 
-def generate(run_dir: Path, prompt: str) -> str:
-    """The model's continuation of a prompt."""
-    sampling = ["--max-new-tokens=160", "--temperature=0.7", "--top-p=0.9"]
-    command = ["generate", str(run_dir), f"--prompt={prompt}", *sampling]
-    show("aria-train", "generate", str(run_dir), "--prompt=...", *sampling)
-    done = subprocess.run([sys.executable, "-m", "aria_train", *command], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise DemoError(f"The command above ended with status {done.returncode}.")
-    return done.stdout
-
-
-def show_language(summary: LanguageSummary) -> None:
-    """Curve, losses, and text, on the terminal."""
+def show(root: Path, summary: Summary) -> None:
+    """Curve, figures of every stage, and text."""
     console = Console(highlight=False)
-    report = RUNS / LANGUAGE / "report"
-    console.print(terminal_chart(curve_of(summary), title_of(summary), console.width))
+    console.print(terminal_chart(curve_of(root, summary), title_of(summary), console.width))
 
-    console.print("\nNats per token on held-out text", style="bold")
+    figures = summary[LANGUAGE]
+    console.print("\nStage 1: nats per token on held-out text", style="bold")
     table = Table(box=None)
     table.add_column("model")
     table.add_column("loss", justify="right")
-    table.add_row("unigram counts", f"{summary.unigram_loss:.3f}")
-    table.add_row("bigram counts", f"{summary.bigram_loss:.3f}")
-    table.add_row("Aria before training", f"{summary.heldout_loss_before:.3f}")
-    table.add_row("Aria after training", f"{summary.heldout_loss_after:.3f}", style="bold")
+    table.add_row("unigram counts", f"{figures['unigram_loss']:.3f}")
+    table.add_row("bigram counts", f"{figures['bigram_loss']:.3f}")
+    table.add_row("Aria before training", f"{figures['heldout_loss_before']:.3f}")
+    table.add_row("Aria after training", f"{figures['heldout_loss_after']:.3f}", style="bold")
     console.print(table)
 
+    _show_stage(console, root, MULTIMODAL, "Stage 2: text and images", "held-out digits read right", summary, "digits")
+    _show_stage(console, root, LONG, "Stage 3: long context", "hidden facts found", summary, "needle")
+    _show_stage(console, root, POST, "Stage 4: post-training", "held-out instructions followed", summary, "answer")
+
     width = max(30, console.width // 2 - 2)
-    sample = (report / "sample.txt").read_text(encoding="utf-8").rstrip()
+    prompt, said = read_samples(root / LONG)[0]
     panels = [
-        Panel(Text(PROMPT.rstrip()), title="prompt", width=width),
-        Panel(Text(sample), title="continuation", width=width),
+        Panel(Text(prompt.rstrip()), title="prompt", width=width),
+        Panel(Text(said.rstrip()), title="continuation", width=width),
     ]
     console.print("", Columns(panels, padding=(0, 1)))
-    console.print(f"\nloss curve  {report / 'loss.png'}\nsummary     {SUMMARY}\nrun         {RUNS / LANGUAGE}")
+    console.print(f"\ndigits with answers  {newest(root / MULTIMODAL, 'answers')}")
+    console.print(f"timeline             {root / 'timeline.png'}\nsummary              {root / 'summary.json'}")
 
 
-def curve_of(summary: LanguageSummary) -> Curve:
-    return Curve.read(RUNS / LANGUAGE, {"unigram": summary.unigram_loss, "bigram": summary.bigram_loss})
+def _show_stage(console: Console, root: Path, name: str, title: str, what: str, summary: Summary, figure: str) -> None:
+    """Accuracy and held-out losses before a stage and after it."""
+    console.print(f"\n{title}", style="bold")
+    table = Table(box=None)
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    accuracy = (f"{summary[name][f'{figure}_accuracy_{when}']:.1%}" for when in ("before", "after"))
+    table.add_row(what, *accuracy, style="bold")
+    before, after = evaluations(root / name)[0], evaluations(root / name)[-1]
+    for key in before:
+        if key.startswith("loss/"):
+            table.add_row(f"held-out loss, {key.removeprefix('loss/')}", f"{before[key]:.3f}", f"{after[key]:.3f}")
+    console.print(table)
 
 
-def title_of(summary: LanguageSummary) -> str:
-    before, after = summary.heldout_loss_before, summary.heldout_loss_after
+def curve_of(root: Path, summary: Summary) -> Curve:
+    figures = summary[LANGUAGE]
+    return Curve.read(root / LANGUAGE, {"unigram": figures["unigram_loss"], "bigram": figures["bigram_loss"]})
+
+
+def title_of(summary: Summary) -> str:
+    before, after = (summary[LANGUAGE][f"heldout_loss_{when}"] for when in ("before", "after"))
     return f"Stage 1: held-out loss {before:.2f} → {after:.2f} nats per token"
 
 
@@ -142,4 +136,7 @@ def write_atomically(path: Path, content: str) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    if sys.argv[1:] == ["--quick"]:
+        run_script(lambda: main(QUICK, QUICK_OVERRIDES))
+    else:
+        run_script(main)

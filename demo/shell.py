@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from aria_train.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository. Commands run in it, so that paths in configurations and messages are short."""
+
+
+_FAILED = "The command above ended with status {}. Run the same make target again to go on."
 
 
 class DemoError(Exception):
@@ -23,6 +28,19 @@ def aria_train(*arguments: str) -> None:
     """Runs `aria-train ARGUMENTS`."""
     show("aria-train", *arguments)
     execute([sys.executable, "-m", "aria_train", *arguments])
+
+
+def evaluate(*arguments: str) -> dict[str, Any]:
+    """Runs `aria-train eval ARGUMENTS`; shows what it says and returns its result, the JSON of its last line."""
+    show("aria-train", "eval", *arguments)
+    command = [sys.executable, "-m", "aria_train", "eval", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    *lines, last = done.stdout.splitlines() or [""]
+    print("\n".join(lines), flush=True)
+    if done.returncode:
+        raise DemoError(_FAILED.format(done.returncode))
+    result: dict[str, Any] = json.loads(last)
+    return result
 
 
 def torchrun(processes: int, *arguments: str) -> None:
@@ -48,7 +66,7 @@ def execute(command: Sequence[str], **environment: str) -> None:
         process.wait()
         raise
     if status:
-        raise DemoError(f"The command above ended with status {status}. Run the same make target again to go on.")
+        raise DemoError(_FAILED.format(status))
 
 
 def run_script(main: Callable[[], None]) -> None:

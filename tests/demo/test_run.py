@@ -2,22 +2,40 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from demo import run
+from aria_train.config import load_config
+from demo import run, summary
 from demo.curve import Curve, save_picture, terminal_chart
 from demo.shell import DemoError, execute, run_script
+from demo.summary import STAGES
+from tests.tiny import tiny_config
 
-SUMMARY = {"heldout_loss_before": 8.4, "heldout_loss_after": 3.1, "unigram_loss": 6.1, "bigram_loss": 4.2}
-SEEING = {
-    "digits_accuracy_before": 0.1,
-    "digits_accuracy_after": 0.93,
-    "heldout_text_loss_before": 3.1,
-    "heldout_text_loss_after": 3.0,
+SUMMARY = {
+    "stage1_lang": {
+        "heldout_loss_before": 8.4,
+        "heldout_loss_after": 3.1,
+        "unigram_loss": 6.1,
+        "bigram_loss": 4.2,
+    },
+    "stage2_mm": {
+        "digits_accuracy_before": 0.1,
+        "digits_accuracy_after": 0.93,
+        "heldout_text_loss_before": 3.1,
+        "heldout_text_loss_after": 3.0,
+    },
+    "stage3_longctx": {
+        "needle_accuracy_before": 0.05,
+        "needle_accuracy_after": 0.777,
+        "context_length": 1024,
+        "digits_accuracy_after": 0.94,
+    },
+    "stage4_post": {"answer_accuracy_before": 0.02, "answer_accuracy_after": 0.885, "digits_accuracy_after": 0.92},
 }
 CURVE = Curve(
     training=[(step / 100, 8.5 - 5 * step / 100) for step in range(1, 101)],
@@ -26,81 +44,106 @@ CURVE = Curve(
 )
 
 
-def write_run(folder: Path) -> None:
-    """A finished run's record and report."""
-    (folder / "report").mkdir(parents=True)
-    (folder / "report" / "sample.txt").write_text("        self.items = [red]\n")
-    for name, points in (("metrics", CURVE.training), ("evaluations", CURVE.held_out)):
-        lines = [json.dumps({"step": step, "tokens": x * 1e6, "loss": y}) for step, (x, y) in enumerate(points)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+PICTURES = {
+    "stage2_mm": ["answers", "experts"],
+    "stage3_longctx": ["answers", "needle_text"],
+    "stage4_post": ["answers"],
+}
+
+
+def write_stages(root: Path) -> None:
+    """The records and reports of four finished stages, each of 100 steps."""
+    for stage in STAGES:
+        report = root / stage / "report"
+        report.mkdir(parents=True)
+        (report / "samples.json").write_text(json.dumps([["class Stack:\n", f"    {stage}.items = [<red>]\n"]]))
+        for name, points in (("metrics", CURVE.training), ("evaluations", CURVE.held_out)):
+            lines = [
+                {"step": step, "tokens": round(x * 1e6), "loss": y, "loss/digits": y / 2, "step_seconds": 0.5}
+                for step, (x, y) in enumerate(points)
+            ]
+            accuracies = {
+                "answers_accuracy": SUMMARY["stage2_mm"]["digits_accuracy_after"],
+                "needle_text_accuracy": 0.5,
+            }
+            text = "".join(json.dumps({**line, **accuracies, "loss/text": line["loss"]}) + "\n" for line in lines)
+            (root / stage / f"{name}.jsonl").write_text(text)
+        for kind in PICTURES.get(stage, []):
+            for step in (0, 100):
+                Image.new("RGB", (4, 4)).save(report / f"{kind}_step_{step:08d}.png")
+    Image.new("RGB", (4, 4)).save(root / "timeline.png")
+    save_picture(CURVE, "Held-out loss", root / "stage1_lang" / "report" / "loss.png")
 
 
 @pytest.fixture
-def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished demo in the working directory; starting anything would fail."""
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A demo in the working directory with nothing to train with; what it starts is noted."""
+    started: list[str] = []
 
-    def refuse(*arguments: object) -> None:
-        raise AssertionError(f"started {arguments}")
+    def train(processes: int, *arguments: str) -> None:
+        started.append(f"{processes} x {' '.join(arguments[:2])} ... {arguments[5]}")
+        write_stages(Path(arguments[5].removeprefix("train.run_dir=")))
+
+    def evaluate(kind: str, *arguments: str) -> dict[str, float]:
+        started.append(f"{kind} {arguments[0]}")
+        return {"accuracy": SUMMARY["stage4_post"]["digits_accuracy_after"]}
 
     monkeypatch.chdir(tmp_path)
-    for name in ("torchrun", "generate"):
-        monkeypatch.setattr(run, name, refuse)
-    monkeypatch.setattr(run.text, "prepare", refuse)
-    monkeypatch.setattr(run.multimodal, "run_multimodal", refuse)
-    write_run(tmp_path / run.RUNS / run.LANGUAGE)
-    seeing = tmp_path / run.RUNS / run.multimodal.STAGE
-    seeing.mkdir()
-    lines = [json.dumps({"step": step, "loss/digits": 4.0 / (step + 1)}) for step in (0, 100)]
-    (seeing / "evaluations.jsonl").write_text("\n".join(lines) + "\n")
-    (tmp_path / run.SUMMARY).write_text(json.dumps({run.LANGUAGE: SUMMARY, run.multimodal.STAGE: SEEING}))
-    return tmp_path
+    monkeypatch.setattr(run.corpora, "prepare", lambda: started.append("corpora"))
+    monkeypatch.setattr(run, "torchrun", train)
+    monkeypatch.setattr(run.shell, "evaluate", evaluate)
+    monkeypatch.setattr(run, "write_samples", lambda folders: started.append(f"{len(folders)} samples"))
+    monkeypatch.setattr(run, "load_config", lambda path: tiny_config(tmp_path, []))
+    monkeypatch.setattr(summary, "ngram_losses", lambda config: (6.1, 4.2))
+    return started
 
 
-def test_a_finished_demo_shows_its_results_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_curriculum_then_evaluations_then_one_page(demo: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     run.main()
+    assert demo == [
+        "corpora",
+        "2 x curriculum configs/small/stage1_lang.yaml ... train.run_dir=runs/demo",
+        "experts runs/demo/stage2_mm",
+        "answers runs/demo/stage4_post",
+        "4 samples",
+    ]
+    found = json.loads((run.FULL / "summary.json").read_text())
+    assert {stage: set(figures) for stage, figures in found.items()} == {s: set(f) for s, f in SUMMARY.items()}
+    assert found["stage1_lang"] == SUMMARY["stage1_lang"]
+    assert found["stage4_post"]["digits_accuracy_after"] == 0.92
+    page = (run.FULL / "report" / "index.html").read_text()
+    # Nothing outside the page is needed to show it.
+    assert not re.findall(r"(?:src|href)=['\"](?!data:)", page)
+    assert page.count("data:image/png;base64,") == 9
+    for part in ("make demo</code>", "93.0%", "needle", "stage3_longctx.items = [&lt;red&gt;]", "Which experts see"):
+        assert part in page, part
+    # The second time there is nothing left to do.
+    demo.clear()
+    capsys.readouterr()
+    run.main()
+    assert demo == []
+    assert "had run before" in capsys.readouterr().out
+
+
+def test_a_finished_demo_shows_its_results_again(
+    demo: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_stages(run.FULL)
+    run.write_atomically(run.FULL / "summary.json", json.dumps(SUMMARY))
+    run.write_report(run.FULL, SUMMARY, "make demo")
+    run.main()
+    assert demo == []
     shown = capsys.readouterr().out
-    for fact in ("8.400", "3.100", "6.100", "4.200", "class Stack", "self.items = [red]", "93.0%", "make clean-demo"):
+    for fact in ("8.400", "3.100", "6.100", "4.200", "class Stack", "[<red>]", "93.0%", "77.7%", "88.5%", "clean-demo"):
         assert fact in shown, fact
 
 
-def test_an_unfinished_demo_goes_on_where_it_is_and_notes_a_stage_when_it_is_done(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (finished / run.SUMMARY).unlink()
-    steps: list[str] = []
-
-    def note(step: str) -> None:
-        done = json.loads(run.SUMMARY.read_text()) if run.SUMMARY.exists() else {}
-        steps.append(f"{step}, {len(done)} done")
-
-    def summarise(config: object) -> run.LanguageSummary:
-        note("summarise")
-        return run.LanguageSummary(**SUMMARY)
-
-    def generate(run_dir: Path, prompt: str) -> str:
-        note("generate")
-        return "        pass\n"
-
-    def see(*arguments: object) -> run.multimodal.MultimodalSummary:
-        note("see")
-        return run.multimodal.MultimodalSummary(**SEEING)
-
-    monkeypatch.setattr(run.text, "prepare", lambda: note("prepare"))
-    monkeypatch.setattr(run, "torchrun", lambda *arguments: note("train"))
-    monkeypatch.setattr(run, "load_config", lambda *arguments: None)
-    monkeypatch.setattr(run, "summarise_language", summarise)
-    monkeypatch.setattr(run, "generate", generate)
-    monkeypatch.setattr(run.multimodal, "run_multimodal", see)
-    run.main()
-    first = ["prepare, 0 done", "train, 0 done", "summarise, 0 done", "generate, 0 done"]
-    assert steps == [*first, "see, 1 done"]
-    assert json.loads(run.SUMMARY.read_text()) == {"stage1_lang": SUMMARY, "stage2_mm": SEEING}
-    assert "        pass" in capsys.readouterr().out
-    # A stage that is done is not run again for the sake of the next.
-    run.SUMMARY.write_text(json.dumps({run.LANGUAGE: SUMMARY}))
-    steps.clear()
-    run.main()
-    assert steps == ["see, 1 done"]
+def test_the_quick_demo_is_the_same_with_fewer_tokens() -> None:
+    for path in run.CONFIGS:
+        full, quick = (load_config(Path(run.__file__).parents[1] / path, some) for some in ((), run.QUICK_OVERRIDES))
+        assert quick.total_steps < full.total_steps / 2
+        assert quick.model == full.model
+        assert quick.data == full.data
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
