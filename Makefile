@@ -61,6 +61,8 @@ lint: $(installed)
 	@$(venv_python) -m mypy
 
 bench: $(installed)
+	@$(venv_python) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(venv_python) -m demo.images
 	@$(venv_python) -m benchmarks.run
 
 format: $(installed)

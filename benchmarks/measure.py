@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ def gemm_ceiling(dtype: torch.dtype, size: int = 2048, turns: int = 7) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
     return 2 * size**3 / min(seconds_of(lambda: torch.mm(a, b)) for _ in range(turns))
+
+
+def forget(paths: Iterable[Path]) -> None:
+    """Drops files from the page cache, so that they are read from the disk next."""
+    for path in paths:
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
 
 
 def peak_memory(build: Callable[..., Run], *arguments: Any, threads: int) -> int:

@@ -1,6 +1,6 @@
 """`make bench`: every row, or those named; shows them, and writes JSON and the documentation's table.
 
-python -m benchmarks.run [vision text multimodal moe pieces data checkpoint startup] [--turns 7] [--threads 2]
+python -m benchmarks.run [SUITE ...] [--turns 7] [--threads 2]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import table, training_step, vision
+from benchmarks import data, moe_layer, pieces, startup, storage, table, training_step, vision
 from benchmarks.measure import gemm_ceiling
 from benchmarks.table import Row
 
@@ -25,6 +25,11 @@ SUITES: dict[str, Suite] = {
     "vision": lambda turns, ceilings: vision.rows(turns, ceilings["fp32"]),
     "text": lambda turns, ceilings: training_step.rows(turns, ceilings, training_step.TEXT),
     "multimodal": lambda turns, ceilings: training_step.rows(turns, ceilings, training_step.MULTIMODAL),
+    "moe": moe_layer.rows,
+    "pieces": pieces.rows,
+    "data": lambda turns, ceilings: data.rows(turns),
+    "storage": lambda turns, ceilings: storage.rows(turns),
+    "startup": lambda turns, ceilings: startup.rows(turns),
 }
 
 
