@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-quick demo-data clean-demo test lint format bench slurm-test
+.PHONY: help setup demo demo-quick demo-data clean-demo test lint format bench bench-gpu slurm-test
 
 PYTHON ?= python3
 venv_python := .venv/bin/python
@@ -18,6 +18,7 @@ help:
 	@echo 'make test        lint, types, then every test'
 	@echo 'make bench       measure speed beside peers, into docs/performance.md (nothing else should run)'
 	@echo 'make slurm-test  install SLURM (Debian, apt) and run a job under it that is preempted and requeued'
+	@echo 'make bench-gpu   the same at full width, on a GPU'
 	@echo 'make lint        ruff and mypy only'
 	@echo 'make format      let ruff mend what it can'
 	@echo 'make setup       only install into .venv (PYTHON=python3.12 picks the interpreter)'
@@ -64,6 +65,9 @@ bench: $(installed)
 	@$(venv_python) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(venv_python) -m demo.images
 	@$(venv_python) -m benchmarks.run
+
+bench-gpu: $(installed)
+	@$(venv_python) -m benchmarks.gpu
 
 format: $(installed)
 	@$(venv_python) -m ruff check --fix .

@@ -1,0 +1,192 @@
+"""`make bench-gpu`: training steps at Aria's full width on one GPU, beside transformers' Aria with grouped GEMMs.
+
+    python -m benchmarks.gpu [--turns 5]        python -m benchmarks.gpu --tiny     the same code on any machine
+
+Three parts: both sides in turns, with as many layers as hold both; ours alone, with as many layers as fit, windows of
+8K; ours alone, one window of 64K. Hidden size 2560, 64 experts of 1664, six of them per token, vocabulary 100,352,
+bf16 with float32 master weights, natural routing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from aria_train.batch import MicroBatch
+from aria_train.config import ModelConfig, OptimizerConfig, ParallelConfig
+from aria_train.data.work import forward_flops
+from aria_train.model import AriaModel
+from aria_train.model.init import initialise
+from aria_train.model.recompute import Recompute
+from aria_train.parallel.mesh import build_meshes, init_process_group
+from aria_train.parallel.shard import parallelize, set_last_micro_batch
+from aria_train.train.objective import Totals, objective
+from aria_train.train.optimizer import build_optimizer, clip_gradients
+from benchmarks.measure import Run, compare, gemm_ceiling, seconds_of
+from benchmarks.table import Row, machine, show
+
+MOST_LAYERS = 28
+
+
+@dataclass(frozen=True)
+class Size:
+    layers: int
+    tokens: int = 8192
+    windows: int = 1
+    recompute: Recompute = "selective"
+    tiny: bool = False
+
+    def model(self) -> ModelConfig:
+        if not self.tiny:
+            return ModelConfig(num_layers=self.layers, max_positions=65536, vision=None)
+        return ModelConfig(
+            vocab_size=512, hidden_size=64, num_layers=self.layers, num_heads=1, num_kv_heads=1, head_dim=64,
+            num_experts=8, top_k=2, expert_size=32, num_shared_experts=1, vision=None, max_positions=65536,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        windows = f"{self.windows} x " if self.windows > 1 else ""
+        return f"{self.layers} layers, {windows}{self.tokens:,} tokens, recompute {self.recompute}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="a toy model, to try the benchmark itself")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() and not arguments.tiny:
+        parser.exit(2, "make bench-gpu: no GPU here. --tiny tries the benchmark with a toy model on the CPU.\n")
+    tiny, turns = arguments.tiny, arguments.turns
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    init_process_group(device)
+    ceiling = gemm_ceiling(torch.bfloat16, 512 if tiny else 8192)
+    print(", ".join(f"{k} {v}" for k, v in machine().items()), f"bf16 GEMM {ceiling / 1e12:.1f} TFLOP/s", sep=", ")
+
+    show([side_by_side(Size(1 if tiny else 2, 64 if tiny else 8192, tiny=tiny), device, turns, ceiling)])
+    for size in (
+        Size(2 if tiny else MOST_LAYERS, 64 if tiny else 8192, tiny=tiny),
+        Size(2 if tiny else MOST_LAYERS, 256 if tiny else 65536, recompute="full", tiny=tiny),
+    ):
+        print(json.dumps(alone(size, device, turns, ceiling)), flush=True)
+    dist.destroy_process_group()
+
+
+def side_by_side(size: Size, device: torch.device, turns: int, ceiling: float) -> Row:
+    comparison = compare(build_ours(size, device), build_theirs(size, device), turns, warmup=2)
+    share = flops(size) / comparison.seconds[0] / ceiling
+    return Row("training step, full width", "transformers' Aria, grouped_mm", comparison, f"bf16, {size}", share)
+
+
+def alone(size: Size, device: torch.device, turns: int, ceiling: float) -> dict[str, Any]:
+    """With the most layers that fit, up to those of `size`."""
+    while True:
+        clean()
+        try:
+            run = build_ours(size, device)
+            times = sorted(seconds_of(run) for _ in range(turns + 2))[: turns // 2 + 1]
+            break
+        except torch.OutOfMemoryError:
+            run = None
+            if size.layers == 1:
+                return {"size": str(size), "result": "not even one layer fits"}
+            size = replace(size, layers=size.layers - 1 if size.layers <= 8 else size.layers // 2)
+    seconds, tokens = times[-1], size.tokens * size.windows
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    del run
+    clean()
+    return {
+        "size": str(size),
+        "tokens_per_second": tokens / seconds,
+        "tflops_by_activated_parameters": flops(size) / seconds / 1e12,
+        "share_of_gemm_ceiling": flops(size) / seconds / ceiling,
+        "peak_gib": peak,
+    }
+
+
+def clean() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def flops(size: Size) -> float:
+    """Forward and backward, by what a token activates; recomputation is not counted."""
+    return 3 * size.windows * forward_flops([size.tokens], [], size.model())
+
+
+def build_ours(size: Size, device: torch.device) -> Run:
+    """The trainer's own parts, on one rank."""
+    config = size.model()
+    meshes = build_meshes(ParallelConfig(), device)
+    with torch.device("meta"):
+        model = AriaModel(config)
+    model.set_recompute(size.recompute)
+    parallelize(model, meshes, "bf16")
+    model.to_empty(device=device)
+    initialise(model, config.init_std, seed=0)
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-4))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    batch = batch_of(size).to(device)
+    totals = Totals(targets=size.tokens * size.windows, tokens=size.tokens * size.windows)
+    counts = torch.ones(config.num_layers, config.num_experts, dtype=torch.float64, device=device)
+
+    def run() -> None:
+        set_last_micro_batch(model, True)
+        objective(model(batch), totals, counts, config).backward()
+        clip_gradients(parameters, 1.0, meshes.num_replicas)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def batch_of(size: Size) -> MicroBatch:
+    tokens = size.tokens * size.windows
+    ids = torch.randint(10, size.model().vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
+    starts = torch.arange(0, tokens + 1, size.tokens, dtype=torch.int32)
+    return MicroBatch(ids, ids.roll(-1), starts, size.tokens, torch.zeros(size.windows, dtype=torch.int64))
+
+
+def build_theirs(size: Size, device: torch.device) -> Run:
+    """bf16 throughout, moments too, which takes less memory than ours; their checkpointing stays off."""
+    from transformers import AriaTextConfig, AriaTextForCausalLM
+
+    ours = size.model()
+    config = AriaTextConfig(
+        vocab_size=ours.vocab_size,
+        hidden_size=ours.hidden_size,
+        intermediate_size=ours.expert_size,
+        num_hidden_layers=ours.num_layers,
+        num_attention_heads=ours.num_heads,
+        num_key_value_heads=ours.num_kv_heads,
+        head_dim=ours.head_dim,
+        moe_num_experts=ours.num_experts,
+        moe_topk=ours.top_k,
+        moe_num_shared_experts=ours.num_shared_experts,
+        max_position_embeddings=ours.max_positions,
+    )
+    build: Callable[..., Any] = AriaTextForCausalLM._from_config
+    with device:
+        model = build(config, dtype=torch.bfloat16, experts_implementation="grouped_mm").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = batch_of(size).token_ids.view(size.windows, size.tokens).to(device)
+
+    def run() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
