@@ -13,6 +13,7 @@ installed := .venv/installed
 help:
 	@echo 'make demo        train a small model through all stages, show what it learned (runs/demo/)'
 	@echo 'make demo-quick  the same with a tenth of the tokens: all of it at work, little learned'
+	@echo 'make needle      find facts in long text before and after stage 3 (about 25 minutes; docs/needle.md)'
 	@echo 'make demo-data   prepare the corpora of the demo and nothing else (data/small/)'
 	@echo 'make clean-demo  forget the demo: the next one starts over'
 	@echo 'make test        lint, types, then every test'
@@ -40,11 +41,15 @@ demo: $(installed)
 demo-quick: $(installed)
 	@$(venv_python) -m demo.run --quick
 
+.PHONY: needle
+needle: $(installed)
+	@$(venv_python) -m demo.needle
+
 demo-data: $(installed)
 	@$(venv_python) -m demo.corpora
 
 clean-demo:
-	@rm -rf runs/demo runs/demo-quick data/small
+	@rm -rf runs/demo runs/demo-quick runs/needle data/small
 
 test: lint
 	@$(venv_python) -m pytest

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from demo import images, instructions, text
 from demo.shell import aria_train, run_script
 
-NEEDLES = text.DATA / "needles"
-DOCUMENTS, SHORTEST, LONGEST = 4000, 64, 1024
-"""Of the facts hidden in text: how many documents, of how many tokens."""
+NEEDLES, SHORT_NEEDLES = text.DATA / "needles", text.DATA / "needles_short"
 
 
 def prepare() -> None:
     """Text, images, facts hidden in text, and instructions."""
     images.prepare()
-    if not all(NEEDLES.with_suffix(suffix).exists() for suffix in (".idx", ".bin")):
-        lines = images.RAW / "needles.jsonl"
-        options = [f"--documents={DOCUMENTS}", f"--min-tokens={SHORTEST}", f"--max-tokens={LONGEST}"]
-        tokenizer = f"--tokenizer={text.TOKENIZER}"
-        aria_train("data", "needles", str(lines), str(text.CORPUS), tokenizer, *options)
-        aria_train("data", "prepare", str(NEEDLES), str(lines), tokenizer, "--overwrite")
+    _prepare_needles(NEEDLES, 4000, 1024)
     instructions.prepare()
+
+
+def prepare_short_needles() -> None:
+    """Facts in text of at most a window of the first stages, which only `make needle` trains on."""
+    _prepare_needles(SHORT_NEEDLES, 20_000, 256)
+
+
+def _prepare_needles(corpus: Path, documents: int, longest: int) -> None:
+    if all(corpus.with_suffix(suffix).exists() for suffix in (".idx", ".bin")):
+        return
+    lines = images.RAW / f"{corpus.name}.jsonl"
+    options = [f"--documents={documents}", "--min-tokens=64", f"--max-tokens={longest}"]
+    tokenizer = f"--tokenizer={text.TOKENIZER}"
+    aria_train("data", "needles", str(lines), str(text.CORPUS), tokenizer, *options)
+    aria_train("data", "prepare", str(corpus), str(lines), tokenizer, "--overwrite")
 
 
 if __name__ == "__main__":

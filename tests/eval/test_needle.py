@@ -36,7 +36,7 @@ from aria_train.parallel.mesh import Meshes, build_meshes
 from tests.distributed import run_distributed
 from tests.eval.small import VOCABULARY, chat_corpus, small_config, small_model, small_tokenizer, text_corpus
 
-FACT = re.compile(r"The magic number of the (\w+ \w+) is (\d+)\.")
+FACT = re.compile(r"The key of the (\w+ \w+) is (\d+)\.")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_haystack_has_exactly_the_asked_length_and_one_needle(haystack: Haysta
     answer = haystack.tokenizer.decode(prompt.answer).strip()
     ((name, value),) = FACT.findall(text)
     assert value == answer
-    assert text.endswith(f"\nThe magic number of the {name} is")
+    assert text.endswith(f"\nThe key of the {name} is")
 
 
 def test_a_needle_stands_behind_the_last_sentence_that_ends_before_its_depth(haystack: Haystack):
@@ -169,7 +169,7 @@ class LooksUp(AriaModel):
 
     def next_token(self, ids: list[int]) -> int:
         text = self.tokenizer.decode(ids)
-        before, _, asked = text.rpartition("\nThe magic number of the ")
+        before, _, asked = text.rpartition("\nThe key of the ")
         facts = {m[1]: m for m in FACT.finditer(before)}
         name, _, so_far = asked.partition(" is")
         found = facts.get(name)

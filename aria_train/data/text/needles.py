@@ -1,9 +1,9 @@
 """Needles and haystacks: facts that no corpus holds, hidden in text that one does.
 
     ... text of a corpus ...
-    The magic number of the hidden river is 4821.
+    The key of the hidden river is 4821.
     ... more text ...
-    The magic number of the hidden river is
+    The key of the hidden river is
 
 A fact is put behind the last end of a sentence before its depth (Kamradt's needle test does the same). Names are an
 adjective and a noun; the pairs used for evaluation never occur in training, though their words do.
@@ -46,6 +46,8 @@ DIGITS = 4
 """A value's digits, the first of them not 0."""
 _HELD_OUT_EVERY = 5
 _MOST_FACTS, _MOST_MENTIONS = 16, 3
+_LARGEST_QUOTATION = 2
+"""A document's own passage that is said again is at most one part in so many of it."""
 _SHORTEST = 64
 """Tokens of a training document at least, and per fact: the fact, its question, and something to hide it in."""
 
@@ -59,12 +61,12 @@ class Fact:
 
     @property
     def statement(self) -> str:
-        return f"\nThe magic number of the {self.name} is {self.value}.\n"
+        return f"\nThe key of the {self.name} is {self.value}.\n"
 
     @property
     def question(self) -> str:
         """Ends where the answer begins."""
-        return f"\nThe magic number of the {self.name} is"
+        return f"\nThe key of the {self.name} is"
 
     @property
     def answer(self) -> str:
@@ -166,7 +168,9 @@ def write_training_data(
     """Writes `count` documents as JSON lines for `aria-train data prepare`; returns their tokens.
 
     Lengths are log-uniform, from documents that are easily looked through to the longest. Each states some facts, a few
-    of them more than once (looking a fact up is learned from every mention but the first), and ends with all of them.
+    of them more than once (looking a fact up is learned from every mention but the first), then says a passage of its
+    own again, and ends with all facts. A passage is the larger lesson in looking up: it has something to copy at every
+    token, where facts have it at a few.
     """
     if not _SHORTEST <= min_tokens <= max_tokens:
         raise DataError(
@@ -199,12 +203,16 @@ def _training_document(haystack: Haystack, length: int, random: np.random.Genera
     asked = random.permutation(len(facts)).tolist()
     questions = "".join(f"{facts[index].question}{facts[index].answer}." for index in asked)
     room = length - 1 - len(haystack.encode(questions))
-    mentions = _mentions(haystack, facts, room, random)
+    quoted = int(random.integers(room // _LARGEST_QUOTATION + 1))
+    mentions = _mentions(haystack, facts, room - quoted, random)
     # Text cut out of a corpus may need a token more when it is tokenized again: then there is less of it.
     state = random.bit_generator.state
     while True:
         random.bit_generator.state = state
-        text = haystack.tokenizer.decode(haystack.hide(room, mentions, random), skip_special_tokens=False) + questions
+        hidden = haystack.hide(room - quoted, mentions, random)
+        start = int(random.integers(max(len(hidden) - quoted, 0) + 1))
+        whole = [*hidden, *hidden[start : start + quoted]]
+        text = haystack.tokenizer.decode(whole, skip_special_tokens=False) + questions
         excess = len(haystack.encode(text)) + 1 - length
         if excess <= 0:
             return text, length + excess
