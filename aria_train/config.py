@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -476,7 +477,33 @@ class RunConfig(Section):
             raise ValueError("evaluation.visual_needle needs questions: a prepared corpus of questions about images")
         if self.schedule.kind == "wsd" and not self.schedule.decay_tokens:
             raise ValueError("schedule.kind wsd needs schedule.decay_tokens above 0")
+        _refuse_secrets(self.model_dump(mode="json"))
         return self
+
+
+_CREDENTIALS = re.compile(r"://[^/\s]*@")
+_ASSIGNED_SECRET = re.compile(r"(key|_token|secret|password)=[\"']?[^\s$\"']", re.IGNORECASE)
+
+
+def _refuse_secrets(value: Any, at: str = "") -> None:
+    """The configuration is written into run directories, checkpoints and job scripts, where no secret belongs. The
+    message does not repeat it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_secrets(inner, f"{at}.{key}" if at else str(key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _refuse_secrets(inner, f"{at}.{number}")
+    elif isinstance(value, str) and _CREDENTIALS.search(value):
+        raise ValueError(
+            f"{at}: the URL holds a user name or a password, which would end up in checkpoints and logs. Give them "
+            "the way the storage's own tools take them: environment variables or their configuration files"
+        )
+    elif isinstance(value, str) and at.startswith("launch.setup") and _ASSIGNED_SECRET.search(value):
+        raise ValueError(
+            f"{at}: sets a key, token or password, which would end up in checkpoints and logs. Put the line into a "
+            "file that only you can read, and let launch.setup source it"
+        )
 
 
 def check_world(config: RunConfig, world_size: int) -> None:
@@ -546,16 +573,23 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
         raise ConfigError(f"{path}: no such configuration file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration file: {error}.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # PyYAML raises anything at values that are not of the type their tag says.
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(raw, dict) or not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: a configuration is a mapping of sections (model:, train:, ...), not {raw!r:.80}.")
+        given = reprlib.repr(raw)
+        raise ConfigError(f"{path}: a configuration is a mapping of sections (model:, train:, ...), not {given:.80}.")
     lines: Lines = {}
     _collect_lines(node, (), path, lines)
     return raw, lines
 
 
+_MOST_LINES, _DEEPEST = 20_000, 30
+
+
 def _collect_lines(node: yaml.Node, at: tuple[str, ...], path: Path, lines: Lines) -> None:
+    # A few aliases of aliases are as good as endless.
+    if len(lines) > _MOST_LINES or len(at) > _DEEPEST:
+        raise ConfigError(f"{path}: has more than {_MOST_LINES:,} keys, or nests them deeper than {_DEEPEST}.")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*at, str(key.value))
@@ -579,7 +613,7 @@ def _apply_override(raw: dict[str, Any], lines: Lines, override: str) -> None:
         raise ConfigError(f"command line: {override!r} is not an override; write section.key=value.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except Exception:  # as in read_yaml
         raise ConfigError(f"command line: {override}: the value is not valid YAML.") from None
     target: Any = raw
     for part in at[:-1]:
@@ -658,7 +692,7 @@ def _explain_one(issue: dict[str, Any], path: Path, lines: Lines) -> str:
     reason = str(issue["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     if issue["type"] == "value_error" and isinstance(issue["input"], (dict, BaseModel)):
         return f"{place}: {key}: {reason}." if key else f"{place}: {reason}."
-    return f"{place}: {key}: {issue['input']!r:.80} given; {reason}."
+    return f"{place}: {key}: {reprlib.repr(issue['input']):.80} given; {reason}."
 
 
 def _keys_of(at: tuple[str, ...]) -> set[str]:
