@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aria_train import kernels
 from aria_train.batch import MicroBatch
 from aria_train.config import ModelConfig
+from aria_train.kernels.norm import rms_norm
 from aria_train.model.attention import document_attention
 from aria_train.model.cache import Cache
 from aria_train.model.rope import apply_rope, rope_tables
@@ -50,6 +52,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.on_cpu(x):
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

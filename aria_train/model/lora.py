@@ -55,6 +55,9 @@ class LoraExperts(GroupedExperts):
             for letter, shape in (("A", (experts, inner, config.rank)), ("B", (experts, config.rank, outer))):
                 setattr(self, f"{name}_lora_{letter}", nn.Parameter(weight.new_empty(shape, dtype=torch.float32)))
 
+    def forward(self, rows_SH: Tensor, offsets_E: Tensor) -> Tensor:
+        return self.compose(rows_SH, offsets_E)
+
     def multiply(self, name: str, rows_SI: Tensor, offsets_E: Tensor) -> Tensor:
         a_EIR, b_ERO = (local(getattr(self, f"{name}_lora_{letter}")) for letter in "AB")
         low_SR = F.grouped_mm(rows_SI, a_EIR, offs=offsets_E)

@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aria_train import kernels
+
 _CHUNK_LOGITS = 2**25
 """Logits held at once (positions x vocabulary)."""
+_CHUNK_ROWS_CPU = 256
+"""Positions at once on CPU: few, so that a small vocabulary's logits stay in cache."""
 
 
 def linear_cross_entropy(x_NH: Tensor, weight_VH: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,16 +39,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         train_weight = with_grad and ctx.needs_input_grad[1]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train_weight else None
         rows = max(1, _CHUNK_LOGITS // weight.shape[0])
+        if kernels.on_cpu(x):
+            rows = min(rows, _CHUNK_ROWS_CPU)
         for start in range(0, x.shape[0], rows):
             part = slice(start, start + rows)
             logits = (x[part] @ weight.T).float()
-            log_partition = logits.logsumexp(-1)
-            losses[part] = log_partition - logits.gather(1, labels[part, None]).squeeze(1)
+            logits -= logits.amax(-1, keepdim=True)
+            target = logits.gather(1, labels[part, None])
+            partition = logits.exp_().sum(-1, keepdim=True)
+            losses[part] = (partition.log() - target).squeeze(1)
             if grad_x is None:
                 continue
-            grad = logits.sub_(log_partition[:, None]).exp_()
-            grad[torch.arange(grad.shape[0], device=grad.device), labels[part]] -= 1
-            grad = grad.to(x.dtype)
+            probabilities = logits.div_(partition)
+            probabilities[torch.arange(probabilities.shape[0], device=x.device), labels[part]] -= 1
+            grad = probabilities.to(x.dtype)
             torch.mm(grad, weight, out=grad_x[part])
             if grad_weight is not None and x.dtype == torch.float32:
                 grad_weight.addmm_(grad.T, x[part])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aria_train import kernels
+from aria_train.kernels.rope import rotate
+
 
 def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles: int64 [T] -> float32 [T, head_dim / 2] each."""
@@ -15,6 +18,8 @@ def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates [T, heads, head_dim] by its tables; element i pairs with element i + head_dim / 2."""
+    if kernels.on_cpu(x):
+        return rotate(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -18,6 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+from aria_train import kernels
+from aria_train.kernels import routing
+
 
 @dataclass
 class Dispatched:
@@ -27,8 +30,10 @@ class Dispatched:
     """[S, H], sorted by local expert."""
     offsets: Tensor
     """int32 [local experts]: end row of each expert's rows."""
+    order: Tensor
+    """int64 [R]: which (token, choice) pair each of the rows sent is."""
     home: Tensor
-    """int64 [R]: where each (token, choice) pair stands among the rows sent."""
+    """int64 [R], its inverse: where each (token, choice) pair stands among the rows sent."""
     sent: list[int]
     """Rows sent to each expert rank; empty without expert parallelism."""
     received: list[int]
@@ -47,13 +52,12 @@ class LocalDispatcher:
     """All experts live here."""
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, counts_E: Tensor) -> Dispatched:
-        order_R, home_R = sort_by_expert(experts_TK)
+        order_R, home_R = sort_by_expert(experts_TK, counts_E.shape[0])
         rows_RH = _Replicate.apply(x_TH, order_R, home_R, experts_TK.shape[1])
-        return Dispatched(rows_RH, counts_E.cumsum(0).to(torch.int32), home_R, [], [])
+        return Dispatched(rows_RH, counts_E.cumsum(0).to(torch.int32), order_R, home_R, [], [])
 
     def combine(self, rows_SH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
-        rows_RH = _Permute.apply(rows_SH, dispatched.home, _inverse(dispatched.home))
-        return weighted_sum(rows_RH, weights_TK)
+        return weighted_sum(rows_SH, dispatched, weights_TK)
 
 
 class AllToAllDispatcher:
@@ -64,7 +68,7 @@ class AllToAllDispatcher:
         self.num_ranks = dist.get_world_size(group)
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, counts_E: Tensor) -> Dispatched:
-        order_R, home_R = sort_by_expert(experts_TK)
+        order_R, home_R = sort_by_expert(experts_TK, counts_E.shape[0])
         rows_RH = _Replicate.apply(x_TH, order_R, home_R, experts_TK.shape[1])
 
         # [ranks, local experts]: what we send to each rank, and what each rank sends us. The one wait for the host.
@@ -78,18 +82,20 @@ class AllToAllDispatcher:
         arrival_inverse_S = _inverse(arrival_S)
         rows_SH = _Permute.apply(rows_SH, arrival_S, arrival_inverse_S)
         offsets = receiving_PE.sum(0).cumsum(0).to(torch.int32)
-        return Dispatched(rows_SH, offsets, home_R, sent, received, arrival_S, arrival_inverse_S)
+        return Dispatched(rows_SH, offsets, order_R, home_R, sent, received, arrival_S, arrival_inverse_S)
 
     def combine(self, rows_SH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
         rows_SH = _Permute.apply(rows_SH, dispatched.arrival_inverse, dispatched.arrival)
         rows_RH = all_to_all_single_autograd(rows_SH, dispatched.sent, dispatched.received, self.group)
-        rows_RH = _Permute.apply(rows_RH, dispatched.home, _inverse(dispatched.home))
-        return weighted_sum(rows_RH, weights_TK)
+        return weighted_sum(rows_RH, dispatched, weights_TK)
 
 
-def sort_by_expert(experts_TK: Tensor) -> tuple[Tensor, Tensor]:
+def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Stable order of (token, choice) pairs by expert, and its inverse: int64 [R] each."""
-    order_R = experts_TK.flatten().argsort(stable=True)
+    experts_R = experts_TK.flatten()
+    order_R = (
+        routing.stable_argsort(experts_R, num_experts) if kernels.on_cpu(experts_R) else experts_R.argsort(stable=True)
+    )
     return order_R, _inverse(order_R)
 
 
@@ -101,10 +107,12 @@ def sort_arrivals(receiving_PE: Tensor, num_rows: int) -> Tensor:
     return expert_of_row.argsort(stable=True)
 
 
-def weighted_sum(rows_RH: Tensor, weights_TK: Tensor) -> Tensor:
-    """Sums each token's K rows with its weights -> [T, H]."""
-    num_tokens, top_k = weights_TK.shape
-    rows_TKH = rows_RH.view(num_tokens, top_k, rows_RH.shape[1])
+def weighted_sum(rows_RH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
+    """Sums each token's K rows, sorted by expert as they were sent, with its weights -> [T, H]."""
+    order_R, home_R = dispatched.order, dispatched.home
+    if kernels.on_cpu(rows_RH):
+        return routing.weighted_sum(rows_RH, home_R.view_as(weights_TK), order_R, weights_TK)
+    rows_TKH = _Permute.apply(rows_RH, home_R, order_R).unflatten(0, weights_TK.shape)
     return torch.bmm(weights_TK.to(rows_RH.dtype).unsqueeze(1), rows_TKH).squeeze(1)
 
 
@@ -140,5 +148,7 @@ class _Replicate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:
         (home_R,) = ctx.saved_tensors
-        grad_TKH = grad_RH.index_select(0, home_R).view(-1, ctx.top_k, grad_RH.shape[1])
-        return grad_TKH.sum(1), None, None, None
+        home_TK = home_R.view(-1, ctx.top_k)
+        if kernels.on_cpu(grad_RH):
+            return routing.sum_rows(grad_RH, home_TK), None, None, None
+        return grad_RH.index_select(0, home_R).unflatten(0, home_TK.shape).sum(1), None, None, None

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from aria_train import kernels
+from aria_train.kernels.swiglu import grouped_swiglu, swiglu
+
 
 class GroupedExperts(nn.Module):
     """E SwiGLU experts over rows sorted by expert. Weights multiply from the right, as released: `x @ W`."""
@@ -21,6 +24,12 @@ class GroupedExperts(nn.Module):
 
     def forward(self, rows_SH: Tensor, offsets_E: Tensor) -> Tensor:
         """rows [S, H] sorted by expert; offsets int32 [E], end row of each expert -> [S, H]."""
+        if kernels.on_cpu(rows_SH):
+            return grouped_swiglu(rows_SH, local(self.gate_up), local(self.down), offsets_E)
+        return self.compose(rows_SH, offsets_E)
+
+    def compose(self, rows_SH: Tensor, offsets_E: Tensor) -> Tensor:
+        """The same, as separate grouped products."""
         gate_SF, up_SF = self.multiply("gate_up", rows_SH, offsets_E).chunk(2, dim=-1)
         return self.multiply("down", F.silu(gate_SF) * up_SF, offsets_E)
 
@@ -39,7 +48,8 @@ class SharedExpert(nn.Module):
         self.down = nn.Linear(size, hidden_size, bias=False)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        out: Tensor = self.down(F.silu(self.gate(x_TH)) * self.up(x_TH))
+        gate_TF, up_TF = self.gate(x_TH), self.up(x_TH)
+        out: Tensor = self.down(swiglu(gate_TF, up_TF) if kernels.on_cpu(x_TH) else F.silu(gate_TF) * up_TF)
         return out
 
 

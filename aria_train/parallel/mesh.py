@@ -12,6 +12,8 @@ data rank: it has its own windows.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,6 +61,7 @@ def init_process_group(device: torch.device) -> None:
         torch.cuda.set_device(device)
     else:
         share_cores()
+        keep_freed_memory()
     patience = timedelta(minutes=30)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=patience)
@@ -71,6 +74,19 @@ def share_cores() -> None:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local_ranks > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep memory that was freed, for the next tensor, where it would return every large block.
+
+    A step allocates the same sizes as the one before it; fetching every page anew from the kernel takes about a tenth
+    of the step. Does nothing where the C library is not glibc.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, 32 << 20)  # the most it admits
+        library.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def build_meshes(config: ParallelConfig, device: torch.device) -> Meshes:

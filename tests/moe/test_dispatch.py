@@ -164,7 +164,7 @@ def test_the_same_input_gives_the_same_bits() -> None:
 
 def test_rows_are_sorted_by_expert_and_tokens_keep_their_order() -> None:
     experts = torch.tensor([[3, 1], [1, 0], [3, 0]])
-    order, home = sort_by_expert(experts)
+    order, home = sort_by_expert(experts, 4)
     # Pair number 2 * token + choice.
     assert order.tolist() == [3, 5, 1, 2, 0, 4]
     assert order[home].tolist() == list(range(6))

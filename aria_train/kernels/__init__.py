@@ -1,0 +1,29 @@
+"""What the model computes most, in the fewest passes over memory that a CPU can do it in.
+
+PyTorch fuses these for CUDA; for a CPU it strings together one pass per multiplication, each with a fresh tensor and,
+for autograd, a kept one. Here each is one operation with a backward pass of its own: buffers are written in place, in
+blocks that stay in cache, and what is cheap to compute again is not kept. Plain tensor operations throughout: nothing
+to compile. The functions of this package are for CPU tensors; `on_cpu` is how callers choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_BLOCK = 1 << 18
+"""Elements that a chain of operations works on at a time: with its few buffers it stays in the second-level cache."""
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether to take a function of this package rather than PyTorch's own. Fake tensors stand for a GPU's."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
+
+
+def blocks(x: Tensor) -> Iterator[slice]:
+    """Slices over the first dimension of x, about `_BLOCK` elements each."""
+    num_rows = x.shape[0]
+    rows = max(1, _BLOCK * num_rows // max(1, x.numel()))
+    return (slice(start, start + rows) for start in range(0, num_rows, rows))

@@ -1,0 +1,91 @@
+"""The CPU's operations against the plain formulas they stand for: values, and gradients by finite differences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import aria_train.kernels
+from aria_train.kernels import routing
+from aria_train.kernels.norm import rms_norm
+from aria_train.kernels.rope import rotate
+from aria_train.kernels.swiglu import grouped_swiglu, swiglu
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, the last of them short."""
+    monkeypatch.setattr(aria_train.kernels, "_BLOCK", 32)
+    torch.manual_seed(0)
+
+
+def gradcheck(function: object, *inputs: Tensor) -> None:
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in inputs])
+
+
+def test_rms_norm() -> None:
+    x, weight = torch.randn(11, 6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (6,), weight, 1e-5))
+    gradcheck(lambda x, weight: rms_norm(x, weight, 1e-5), x, weight)
+
+
+def test_rms_norm_of_bfloat16_rounds_once() -> None:
+    x, weight = torch.randn(11, 6).bfloat16(), torch.rand(6).bfloat16()
+    exact = F.rms_norm(x.double(), (6,), weight.double(), 1e-5)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), exact.bfloat16(), rtol=0, atol=0)
+
+
+def test_rotation_of_transposed_heads() -> None:
+    angles = torch.randn(9, 3, dtype=torch.float64)
+    x = torch.randn(2, 9, 6, dtype=torch.float64).transpose(0, 1)
+    turned = (
+        torch.view_as_complex(torch.stack(x.chunk(2, dim=-1), -1))
+        * torch.polar(torch.ones_like(angles), angles)[:, None]
+    )
+    torch.testing.assert_close(rotate(x, angles.cos(), angles.sin()), torch.cat([turned.real, turned.imag], -1))
+    gradcheck(lambda x: rotate(x, angles.cos(), angles.sin()), x)
+
+
+def test_swiglu_of_the_halves_of_one_tensor() -> None:
+    both = torch.randn(13, 8, dtype=torch.float64)
+    gate, up = both.chunk(2, dim=-1)
+    torch.testing.assert_close(swiglu(gate, up), F.silu(gate) * up)
+    gradcheck(lambda both: swiglu(*both.chunk(2, dim=-1)), both)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_experts_with_many_rows_one_and_none(dtype: torch.dtype, tolerance: float) -> None:
+    counts = [37, 0, 1, 64, 0]
+    rows, gate_up, down = torch.randn(102, 16), torch.randn(5, 16, 32) / 4, torch.randn(5, 16, 16) / 4
+    grad = torch.randn(102, 16)
+
+    def run(function: object, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (rows, gate_up, down)]
+        out = function(*leaves)  # type: ignore[operator]
+        return [out, *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+    def plain(rows: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        parts = []
+        for x, into, out in zip(rows.split(counts), gate_up, down, strict=True):
+            gate, up = (x @ into).chunk(2, dim=-1)
+            parts.append((F.silu(gate) * up) @ out)
+        return torch.cat(parts)
+
+    ends = torch.tensor(counts).cumsum(0).int()
+    results = run(lambda *leaves: grouped_swiglu(*leaves, ends), dtype)
+    for result, expected in zip(results, run(plain, torch.float64), strict=True):
+        assert result.dtype == dtype
+        assert (result.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_weighted_sum_of_each_tokens_rows() -> None:
+    experts = torch.tensor([[2, 0], [1, 2], [2, 1]])
+    order = routing.stable_argsort(experts.flatten(), 3)
+    assert order.tolist() == [1, 2, 5, 0, 3, 4]
+    home = order.argsort().view(3, 2)
+    rows, weights = torch.randn(6, 4, dtype=torch.float64), torch.rand(3, 2, dtype=torch.float64)
+    expected = (rows[home] * weights[..., None]).sum(1)
+    torch.testing.assert_close(routing.weighted_sum(rows, home, order, weights), expected)
+    gradcheck(lambda rows, weights: routing.weighted_sum(rows, home, order, weights), rows, weights)
