@@ -3,8 +3,8 @@
     corpora -> `aria-train curriculum` over configs/small/ -> evaluations -> runs/demo/report/index.html
 
 Every part that is done already is skipped, and training goes on from its newest checkpoint, so an interrupted demo
-continues and a finished one shows its results again. `make demo-quick` does the same with a tenth of the tokens: too
-few to learn much from, enough to see all of it work.
+continues and a finished one shows its results again. `make demo-quick` does the same with few tokens: too few to
+learn much from, enough to see all of it work.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from demo.summary import LANGUAGE, LONG, MULTIMODAL, POST, STAGES, Summary, eval
 PROCESSES = 2
 CONFIGS = [f"configs/small/{name}.yaml" for name in STAGES]
 FULL, QUICK = Path("runs/demo"), Path("runs/demo-quick")
-QUICK_TOKENS = "120K"
+QUICK_TOKENS = "40K"
 QUICK_OVERRIDES = (
     f"train.max_tokens={QUICK_TOKENS}",
     f"schedule.total_tokens={QUICK_TOKENS}",
-    "schedule.warmup_tokens=20K",
-    "train.eval_windows=16",
+    "schedule.warmup_tokens=8K",
+    "train.eval_windows=8",
     "checkpoint.interval_steps=1000",
 )
 
