@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-quick demo-data clean-demo test lint format bench bench-gpu slurm-test
+.PHONY: help setup demo demo-quick demo-data clean-demo test lint format bench bench-gpu slurm-test faults
 
 PYTHON ?= python3
 venv_python := .venv/bin/python
@@ -20,6 +20,7 @@ help:
 	@echo 'make bench       measure speed beside peers, into docs/performance.md (nothing else should run)'
 	@echo 'make slurm-test  install SLURM (Debian, apt) and run a job under it that is preempted and requeued'
 	@echo 'make bench-gpu   the same at full width, on a GPU'
+	@echo 'make faults      kill, starve, fill and damage a small run in every way, into docs/reliability.md'
 	@echo 'make lint        ruff and mypy only'
 	@echo 'make format      let ruff mend what it can'
 	@echo 'make setup       only install into .venv (PYTHON=python3.12 picks the interpreter)'
@@ -60,6 +61,9 @@ slurm-test: $(installed)
 		root=; [ "$$(id -u)" = 0 ] || root=sudo; \
 		$$root apt-get update -qq && $$root apt-get install -y -qq --no-install-recommends slurm-wlm; }
 	@$(venv_python) -m pytest tests/slurm
+
+faults: $(installed)
+	@$(venv_python) -m faults.run
 
 lint: $(installed)
 	@$(venv_python) -m ruff check --quiet .

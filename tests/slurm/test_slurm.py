@@ -21,11 +21,13 @@ from tests.tiny import read_steps, tiny_config, unequal_corpora, with_values
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(not is_installed(), reason="needs SLURM; `make slurm-test` installs it"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
+PATIENCE = 400
+"""Seconds; a machine may be busy."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,9 @@ def wait_until(condition: Callable[[], bool], seconds: float, logs: Path) -> Non
 
 
 def steps_done(config: RunConfig) -> int:
-    return len(read_steps(config.train.run_dir)) if Path(config.train.run_dir, "metrics.jsonl").exists() else 0
+    # Whole lines: the last one may be being written.
+    metrics = Path(config.train.run_dir, "metrics.jsonl")
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def field(slurm: Slurm, job: str, name: str) -> str:
@@ -79,27 +83,27 @@ def test_a_preempted_job_goes_on_to_the_same_end(
     assert said is not None
     job = said[1]
 
-    wait_until(lambda: steps_done(config) >= 12, 120, logs)
+    wait_until(lambda: steps_done(config) >= 12, PATIENCE, logs)
     # Another job takes the nodes; this one is warned, saves, and queues again.
     slurm("sbatch", "--partition=high", "--nodes=2", f"--output={tmp_path}/other.log", "--wrap=sleep 2")
-    wait_until(lambda: field(slurm, job, "Restarts") == "1", 120, logs)
+    wait_until(lambda: field(slurm, job, "Restarts") == "1", PATIENCE, logs)
     saved = checkpoint.latest(Path(config.train.run_dir))[0]
     assert saved is not None
     stopped_after = checkpoint.read_manifest(saved).step
     assert stopped_after < STEPS
     assert steps_done(config) == stopped_after, "no step was lost"
 
-    wait_until(lambda: steps_done(config) > stopped_after + 5, 180, logs)
+    wait_until(lambda: steps_done(config) > stopped_after + 5, PATIENCE, logs)
     # The warning before the time limit goes to the script, and to nobody else.
     slurm("scancel", "--batch", "--signal=USR1", job)
-    wait_until(lambda: field(slurm, job, "Restarts") == "2", 120, logs)
-    wait_until(lambda: field(slurm, job, "JobState") == "COMPLETED", 240, logs)
+    wait_until(lambda: field(slurm, job, "Restarts") == "2", PATIENCE, logs)
+    wait_until(lambda: field(slurm, job, "JobState") == "COMPLETED", PATIENCE, logs)
 
     log = (logs / f"job-{job}.log").read_text()
     assert log.count("saved with work left; the job goes back to the queue") == 2
     assert "done" in log
     for attempt in range(3):
-        assert len([log for log in logs.glob(f"job-{job}-try-{attempt}-node-*.log") if log.stat().st_size]) == 2
+        assert len(list(logs.glob(f"job-{job}-try-{attempt}-node-[01]-*.log"))) == 2
 
     alone = with_values(config, train={"run_dir": str(tmp_path / "alone")})
     run_distributed(run, 2, alone)
@@ -116,7 +120,7 @@ def test_a_node_that_is_not_fit_ends_the_job_with_a_reason(
     stage.write_text(dump_config(with_values(config, train={"device": "cuda"})))
     assert main(["launch", str(stage), "launch.sbatch={partition: low, gpus-per-node: 0}"]) == 0
     job = re.findall(r"submitted job (\d+)", capsys.readouterr().out)[0]
-    wait_until(lambda: field(slurm, job, "JobState") == "FAILED", 120, logs)
+    wait_until(lambda: field(slurm, job, "JobState") == "FAILED", PATIENCE, logs)
     assert field(slurm, job, "ExitCode") == "2:0"
     log = (logs / f"job-{job}.log").read_text()
     assert "0 GPU(s) to be seen for 1 ranks" in log

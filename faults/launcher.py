@@ -1,0 +1,54 @@
+"""A run under the project's launcher, some of whose workers are killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def run_and_kill(arguments: list[str], run_dir: Path, bench: Any, config: Any, kills: int) -> int:
+    """Kills one worker after another, each when the run has come further; returns the most steps that one cost."""
+    command = [sys.executable, "-m", "aria_train.elastic", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    chance, worst = random.Random(1), 0
+    with (run_dir.parent / "launcher.log").open("w") as log:
+        launcher = subprocess.Popen(
+            [*command, "-m", "aria_train", *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            for number in range(kills):
+                _wait(lambda: _steps(run_dir) >= 8 + 10 * number, launcher)  # noqa: B023
+                os.kill(chance.choice(_children(launcher.pid)), signal.SIGKILL)
+                time.sleep(1.0)
+                worst = max(worst, bench.steps_lost(config))
+            assert launcher.wait(900) == 0, Path(log.name).read_text()[-3000:]
+        finally:
+            if launcher.poll() is None:
+                launcher.kill()
+    return worst
+
+
+def _steps(run_dir: Path) -> int:
+    # Whole lines: the last one may be being written.
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def _wait(condition: Any, launcher: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 900
+    while not condition():
+        assert launcher.poll() is None, "the launcher has ended"
+        assert time.monotonic() < end, "no progress"
+        time.sleep(0.02)
+
+
+def _children(pid: int) -> list[int]:
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = (line.split() for line in listing.splitlines())
+    return [int(child) for child, parent in pairs if int(parent) == pid]
