@@ -93,29 +93,43 @@ def forget(paths: Iterable[Path]) -> None:
             os.close(file)
 
 
-def peak_memory(build: Callable[..., Run], *arguments: Any, threads: int) -> int:
-    """Bytes that a process needs at most, beyond what its imports take, to build something and run it twice.
+@dataclass(frozen=True)
+class Cost:
+    """Of one run, after one that warmed up."""
 
-    `build(*arguments)` is called, and what it returns, in a process of its own.
-    """
+    seconds: float
+    bytes: int
+    """That the process needed at the peak, beyond what its imports take."""
+
+    def __str__(self) -> str:
+        return f"{self.seconds:8.3f} s  {self.bytes / 2**20:8.0f} MiB"
+
+
+def peak_memory(build: Callable[..., Run], *arguments: Any, threads: int) -> int:
+    """Bytes that a process needs at most, beyond what its imports take, to build something and run it twice."""
+    return cost_of(build, *arguments, threads=threads).bytes
+
+
+def cost_of(build: Callable[..., Run], *arguments: Any, threads: int) -> Cost:
+    """`build(*arguments)` is called, and what it returns twice, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_measure_peak, args=(theirs, threads, build, arguments))
+    process = context.Process(target=_measure_cost, args=(theirs, threads, build, arguments))
     process.start()
     theirs.close()
     try:
-        return int(ours.recv())
+        return Cost(*ours.recv())
     finally:
         process.join()
 
 
-def _measure_peak(pipe: Any, threads: int, build: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
+def _measure_cost(pipe: Any, threads: int, build: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(threads)
     baseline = _status("VmRSS")
     run = build(*arguments)
     run()
-    run()
-    pipe.send(_status("VmHWM") - baseline)
+    seconds = seconds_of(run)
+    pipe.send((seconds, _status("VmHWM") - baseline))
 
 
 def _status(field: str) -> int:
