@@ -1,9 +1,10 @@
 """torchrun with the signals and exit statuses that a scheduler needs: `python -m aria_train.elastic OPTIONS ...`.
 
-Takes torchrun's options, and differs from it in three ways. A request to stop (SIGTERM, SIGUSR1, Ctrl-C) is passed on
+Takes torchrun's options, and differs from it in four ways. A request to stop (SIGTERM, SIGUSR1, Ctrl-C) is passed on
 to the workers, which take the time they need to save; torchrun gives them 30 seconds, and dies of SIGUSR1. Workers that
-stopped on request are not started again. And the exit status says what to do: 0 done, 2 the user can mend it, 75 start
-it again, anything else a failure that restarts did not cure.
+stopped on request are not started again. Workers that are started again meet in a store of their own: torchrun hands
+them that of those that failed, where they find the addresses of the dead and wait for them. And the exit status says
+what to do: 0 done, 2 the user can mend it, 75 start it again, anything else a failure that restarts did not cure.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def leave_stopped() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs torchrun in this process; returns the exit status."""
     asked = _pass_signals_on()
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
