@@ -197,8 +197,6 @@ def test_memory_is_as_planned(name: str, folder: Path, measured: dict[str, list[
         assert plan.parts()[part] == pytest.approx(held[part], rel=0.05), part
     if held["gradients"]:  # with one micro-batch there are none yet
         assert plan.gradients == pytest.approx(held["gradients"], rel=0.05)
-        # The same by the allocator's account: what came since the step began.
-        assert plan.computing_weights + plan.gradients == pytest.approx(held["weights and gradients"], rel=0.05)
     assert plan.activations == pytest.approx(held["activations"], rel=0.15)
     assert plan.peak - (plan.computing_weights + plan.gradients + plan.state) == pytest.approx(
         held["at most"], rel=0.15
