@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 from pathlib import Path
@@ -95,6 +96,7 @@ def _measure(config: RunConfig) -> dict[str, Any]:
     hidden_states, objective = model.hidden_states, module.objective
 
     def at_the_head(*args: Any) -> Any:
+        gc.collect()
         with record_function("forward begins"):
             pass
         outcome = hidden_states(*args)
