@@ -73,11 +73,7 @@ class AriaModel(nn.Module):
     def forward(self, batch: MicroBatch) -> AriaOutput:
         """Next-token loss of a micro-batch."""
         hidden_TH, router = self.hidden_states(batch)
-        assert batch.target_positions is not None
-        targets_NH = hidden_TH.index_select(0, batch.target_positions)
-        labels_N = batch.labels.index_select(0, batch.target_positions)
-        loss_sum, token_losses_N = linear_cross_entropy(targets_NH, self.head.weight, labels_N)
-        return AriaOutput(loss_sum, token_losses_N, router)
+        return AriaOutput(*self.loss(hidden_TH, batch), router)
 
     def set_recompute(self, recompute: Recompute) -> None:
         """Which activations the backward pass recomputes, in the decoder and in the vision encoder."""
@@ -102,6 +98,14 @@ class AriaModel(nn.Module):
             x_TH, layer_stats = run_layer(layer, x_TH, documents.of_layer(index), self.recompute)
             stats.append(layer_stats)
         return self.norm(x_TH), stack_stats(stats)
+
+    def loss(self, hidden_TH: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the batch's targets, given its final hidden states: the sum, and each target's. See
+        AriaOutput."""
+        assert batch.target_positions is not None
+        targets_NH = hidden_TH.index_select(0, batch.target_positions)
+        labels_N = batch.labels.index_select(0, batch.target_positions)
+        return linear_cross_entropy(targets_NH, self.head.weight, labels_N)
 
     def _place(self, visual_tokens: Tensor, x_TH: Tensor, token_ids: Tensor) -> Tensor:
         """Puts visual tokens, in order, where the token ids say image."""

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -89,10 +88,9 @@ def _trace(
             hidden_TH, router = model.hidden_states(batch)
             kept = meter.live
             meter.peak = kept
-            with mock.patch.object(model, "hidden_states", return_value=(hidden_TH, router)):
-                output = model(batch)
+            loss_sum, _ = model.loss(hidden_TH, batch)
             head = meter.peak - kept
-            objective = output.loss_sum + router.prob_sums.sum() + router.z_sum.sum()
+            objective = loss_sum + router.prob_sums.sum() + router.z_sum.sum()
             meter.peak = meter.live
             del hidden_TH, router
             objective.backward()
@@ -118,8 +116,9 @@ def _build(config: ModelConfig, precision: str, mesh: DeviceMesh | None) -> Aria
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
     try:
-        with mock.patch("aria_train.model.aria.initialise"):
+        with unset_fake_temporarily(), torch.device("meta"):
             model = AriaModel(config)
+        model.to_empty(device="cpu")
         if mesh is not None:
             for layer in cast("list[DecoderLayer]", list(model.layers)):
                 spread_experts(layer, mesh)
