@@ -16,8 +16,7 @@ from aria_train.errors import EXIT_USER_ERROR, Stopped, UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 2 the user can mend it, 75 start it again to go on."""
-    parser = _build_parser()
-    args = parser.parse_args(arguments)
+    args = parse(arguments)
     try:
         args.run(args)
     except UserError as error:
@@ -31,6 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("aria-train: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
     return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options may stand before, amid and after the words of a command; argparse alone takes the first run of words."""
+    parser = _build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    several = next((name for name in ("overrides", "arguments", "inputs", "paths") if hasattr(args, name)), None)
+    if rest and (several is None or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if several is not None:
+        setattr(args, several, [*getattr(args, several), *rest])
+    return args
 
 
 def _build_parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from aria_train.cli import main
+from aria_train.cli import main, parse
 from aria_train.config import dump_config
 from tests.distributed import run_distributed
 from tests.tiny import MODEL, random_documents, read_steps, tiny_config, with_values, write_corpus
@@ -61,12 +61,29 @@ def test_help_names_every_command() -> None:
         assert re.search(rf"^ +{command}\b", out.getvalue(), re.MULTILINE), command
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["nonsense"], ["train", "a.yaml", "--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["nonsense"], ["train", "a.yaml", "--nonsense"], ["export", "a", "b", "c"]]
+)
 def test_a_wrong_command_line_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "words"),
+    [
+        (["train", "a.yaml", "x.a=1", "--replay-step", "3", "x.b=2", "x.c=3"], "overrides", "x.a=1 x.b=2 x.c=3"),
+        (["plan", "a.yaml", "--gpus", "8", "x.a=1", "--json", "x.b=2"], "overrides", "x.a=1 x.b=2"),
+        (["plan", "--gpus", "8", "a.yaml", "x.a=1"], "overrides", "x.a=1"),
+        (["curriculum", "a.yaml", "--dry-run", "b.yaml", "x.a=1"], "arguments", "a.yaml b.yaml x.a=1"),
+        (["launch", "a.yaml", "--dry-run", "x.a=1"], "arguments", "a.yaml x.a=1"),
+        (["data", "prepare", "out", "a", "--tokenizer", "t", "b"], "inputs", "a b"),
+    ],
+)
+def test_options_may_stand_amid_words(arguments: list[str], name: str, words: str) -> None:
+    assert vars(parse(arguments))[name] == words.split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
