@@ -183,6 +183,12 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    from aria_train.errors import DataError
+
+    if not 0 <= args.holdout_fraction < 1:
+        raise DataError(f"--holdout-fraction {args.holdout_fraction}: must be at least 0 and below 1, such as 0.01.")
+    if args.processes is not None and args.processes < 1:
+        raise DataError(f"--processes {args.processes}: must be 1 or more.")
     if args.format == "text":
         from aria_train.data.prepare import text as prepare
 

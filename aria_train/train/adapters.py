@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from aria_train.config import ModelConfig, RunConfig
-from aria_train.data.prepare.publish import replacing
 from aria_train.errors import CheckpointError, DataError
 from aria_train.model import AriaModel
 from aria_train.model.hf.tensors import TensorSink
@@ -29,6 +28,7 @@ from aria_train.model.lora import Adapters, adapter_shapes, from_peft, is_adapte
 from aria_train.parallel import checkpoint
 from aria_train.parallel.checkpoint import Folder, SaveFailed
 from aria_train.parallel.checkpoint.reading import fingerprint
+from aria_train.publish import replacing
 
 BASE = "train.base"
 """Name of the saved tensor that tells which checkpoint is beneath the adapters."""

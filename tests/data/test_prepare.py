@@ -11,8 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from aria_train.data import commands
 from aria_train.data.prepare import text as prepare_module
-from aria_train.data.prepare.text import is_held_out, prepare
+from aria_train.data.prepare.text import is_held_out
 from aria_train.data.prepare.text_inputs import find_inputs, read_documents, split_into_units
 from aria_train.data.text.indexed import IndexedCorpus
 from aria_train.data.text.tokenizer import load_tokenizer, train_tokenizer
@@ -41,7 +42,7 @@ def write_lines(path: Path, records: list[Any]) -> Path:
 def run(output: Path, tokenizer: Path, /, *inputs: Path | str, **options: Any) -> None:
     defaults = {"text_key": "text", "glob": None, "holdout_fraction": 0.0, "processes": 1, "overwrite": False}
     given = {"output": str(output), "inputs": [str(path) for path in inputs], "tokenizer": str(tokenizer)}
-    prepare(argparse.Namespace(**{**given, **defaults, **options}))
+    commands._prepare(argparse.Namespace(format="text", **{**given, **defaults, **options}))
 
 
 def texts(prefix: Path | str, tokenizer: Path) -> list[str]:
@@ -246,7 +247,7 @@ def test_zstandard_is_read_where_its_package_is_and_named_where_not(tmp_path: Pa
         ({"inputs": ["/no/*.jsonl"]}, "no file matches it as a pattern"),
         ({"glob": ["*.rst"], "inputs": None}, r"no file in this folder matches \*.rst"),
         ({"tokenizer": "/no/tokenizer"}, "no such tokenizer folder"),
-        ({"text_key": "body"}, "no document found in 1 file.*2 x no key 'body', such as .*a.jsonl:1"),
+        ({"text_key": "body"}, "no document could be made from 1 file.*2 x no key 'body', such as .*a.jsonl:1"),
         ({"holdout_fraction": 1e-9}, "of 2 documents none fell into the validation part.*larger fraction"),
         ({"holdout_fraction": 1 - 1e-9}, "of 2 documents none fell into the training part.*smaller fraction"),
         ({"output": "/proc/no/out"}, "/proc/no/out: cannot be written"),

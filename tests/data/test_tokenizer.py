@@ -131,7 +131,7 @@ def test_too_small_a_vocabulary(tmp_path: Path) -> None:
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"other": "x"}\n{"text": " "}\n')
-    with pytest.raises(DataError, match=r"no document found in 1 file.*no key 'text'"):
+    with pytest.raises(DataError, match=r"no document could be made from 1 file.*no key 'text'"):
         train_on_files([str(tmp_path / "a.jsonl")], "text", 400, tmp_path / "t", 10**9)
     assert not (tmp_path / "t").exists()
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import track
 
 from aria_train.data.multimodal.store import Reader, Writer
-from aria_train.data.prepare.publish import replacing
 from aria_train.data.views import ConcatenatedReader
 from aria_train.errors import DataError
+from aria_train.publish import replacing
 
 _COUNTED = {
     "samples", "tokens", "targets", "images", "image_tokens", "longest_sample", "largest_token_id", "categories",

@@ -29,19 +29,15 @@ from aria_train.data.multimodal.formats import BadRecord, Encoder, Recipe
 from aria_train.data.multimodal.store import Sample, Writer
 from aria_train.data.prepare import multimodal_inputs
 from aria_train.data.prepare.multimodal_inputs import Unit, read_records
-from aria_train.data.prepare.publish import replacing
-from aria_train.data.prepare.text import SkipReport
+from aria_train.data.prepare.skips import SkipReport, refuse_empty
 from aria_train.data.prepare.text_inputs import Skipped, find_inputs
 from aria_train.data.text import tokenizer
 from aria_train.errors import DataError
+from aria_train.publish import replacing
 
 
 def prepare(args: argparse.Namespace) -> None:
     """`aria-train data prepare --format chat|interleaved|captions`; see `commands` for the arguments."""
-    if not 0 <= args.holdout_fraction < 1:
-        raise DataError(f"--holdout-fraction {args.holdout_fraction}: must be at least 0 and below 1, such as 0.01.")
-    if args.processes is not None and args.processes < 1:
-        raise DataError(f"--processes {args.processes}: must be 1 or more.")
     recipe = make_recipe(args)
     paths = find_inputs(args.inputs, args.glob or multimodal_inputs.GLOBS)
     processes = args.processes or len(os.sched_getaffinity(0))
@@ -106,7 +102,8 @@ def prepare_multimodal(
                 skips.add(skipped)
                 skipped_file.write(_as_line(skipped))
             progress.advance(unit.num_bytes, sum(writer.samples for writer in writers.values()))
-        _refuse_empty(writers, paths, skips, holdout_fraction)
+        counts = {suffix: writer.samples for suffix, writer in writers.items()}
+        refuse_empty(counts, "sample", paths, skips, holdout_fraction)
         common = _common_metadata(recipe, holdout_fraction, skips)
         metadata = {
             suffix: writer.close(**common, part="validation" if suffix else "train")
@@ -146,23 +143,6 @@ def _common_metadata(recipe: Recipe, holdout_fraction: float, skips: SkipReport)
 def _as_line(skipped: Skipped) -> str:
     entry = {"path": skipped.path, "line": skipped.line, "reason": skipped.reason, "detail": skipped.detail}
     return json.dumps(entry, ensure_ascii=False) + "\n"
-
-
-def _refuse_empty(writers: dict[str, Writer], paths: Sequence[str], skips: SkipReport, fraction: float) -> None:
-    reasons = "; ".join(f"{count:,} x {why}, such as {skips.examples[why][0]}" for why, count in skips.counts.items())
-    total = sum(writer.samples for writer in writers.values())
-    if not total:
-        raise DataError(
-            f"no sample could be made from {len(paths):,} file(s), {paths[0]} first; nothing was written. Skipped: "
-            f"{reasons or 'nothing: the files are empty'}."
-        )
-    for suffix, writer in writers.items():
-        if not writer.samples:
-            raise DataError(
-                f"--holdout-fraction {fraction}: of {total:,} samples none fell into the "
-                f"{'validation' if suffix else 'training'} part; nothing was written. Choose a "
-                f"{'larger' if suffix else 'smaller'} fraction."
-            )
 
 
 def _print_report(metadata: dict[Path, dict[str, Any]], skips: SkipReport, output: Path) -> None:

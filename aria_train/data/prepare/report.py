@@ -12,7 +12,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from aria_train.data.prepare.text import SkipReport
+    from aria_train.data.prepare.skips import SkipReport
 
 
 class Progress:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from aria_train.data.prepare.publish import workplace_beside
+from aria_train.data.prepare.skips import EXAMPLES_PER_REASON, SkipReport, refuse_empty
 from aria_train.data.prepare.text_inputs import (
     LinesRead,
     Skipped,
@@ -39,8 +39,8 @@ from aria_train.data.prepare.text_inputs import (
 from aria_train.data.text import tokenizer as tokenizers_
 from aria_train.data.text.indexed import IndexedCorpus, IndexedWriter, publish_files, strip_suffix, token_dtype
 from aria_train.errors import DataError
+from aria_train.publish import workplace_beside
 
-EXAMPLES_PER_REASON = 5
 _LARGEST_UNIT, _SMALLEST_UNIT, _UNITS_PER_PROCESS = 64 << 20, 1 << 20, 8
 _BATCH_CHARACTERS = 1 << 21
 
@@ -60,28 +60,6 @@ class Job:
 
 
 @dataclass
-class SkipReport:
-    """Documents not used, by reason, with the first few places of each."""
-
-    counts: collections.Counter[str] = field(default_factory=collections.Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, skipped: Skipped, lines_before: int = 0) -> None:
-        """`lines_before`: lines of the same file in earlier units."""
-        self.counts[skipped.reason] += 1
-        examples = self.examples.setdefault(skipped.reason, [])
-        if len(examples) < EXAMPLES_PER_REASON:
-            line = "" if skipped.line is None else f":{skipped.line + lines_before}"
-            examples.append(f"{skipped.path}{line}" + (f" ({skipped.detail})" if skipped.detail else ""))
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            reason: {"documents": count, "examples": self.examples[reason]}
-            for reason, count in self.counts.most_common()
-        }
-
-
-@dataclass
 class UnitReport:
     """What became of one unit."""
 
@@ -94,10 +72,6 @@ class UnitReport:
 
 def prepare(args: argparse.Namespace) -> None:
     """`aria-train data prepare --format text`; see `commands` for the arguments."""
-    if not 0 <= args.holdout_fraction < 1:
-        raise DataError(f"--holdout-fraction {args.holdout_fraction}: must be at least 0 and below 1, such as 0.01.")
-    if args.processes is not None and args.processes < 1:
-        raise DataError(f"--processes {args.processes}: must be 1 or more.")
     prefix = strip_suffix(args.output)
     job = Job(args.tokenizer, args.text_key, args.holdout_fraction)
     for suffix in job.parts:
@@ -148,7 +122,8 @@ def prepare_text(prefix: str, paths: Sequence[str], job: Job, processes: int) ->
                 _add_report(skips, unit, report, lines_before)
                 characters += report.characters
                 progress.advance(unit.num_bytes, sum(writer.num_documents for writer in writers.values()))
-        _refuse_empty(writers, paths, skips, job)
+        counts = {suffix: writer.num_documents for suffix, writer in writers.items()}
+        refuse_empty(counts, "document", paths, skips, job.holdout_fraction)
         metadata = {
             suffix: _metadata(writer, suffix, job, tokenizer, paths, skips) for suffix, writer in writers.items()
         }
@@ -202,25 +177,6 @@ def _add_report(skips: SkipReport, unit: Unit, report: UnitReport, lines_before:
         skips.add(skipped, before)
     skips.counts.update(report.counts - known)
     lines_before[unit.paths[0]] += report.lines
-
-
-def _refuse_empty(writers: dict[str, IndexedWriter], paths: Sequence[str], skips: SkipReport, job: Job) -> None:
-    reasons = "; ".join(
-        f"{count:,} x {reason}, such as {skips.examples[reason][0]}" for reason, count in skips.counts.items()
-    )
-    total = sum(writer.num_documents for writer in writers.values())
-    if not total:
-        raise DataError(
-            f"no document found in {len(paths):,} file(s), {paths[0]} first; nothing was written. Skipped: "
-            f"{reasons or 'nothing: the files are empty'}."
-        )
-    for suffix, writer in writers.items():
-        if not writer.num_documents:
-            raise DataError(
-                f"--holdout-fraction {job.holdout_fraction}: of {total:,} documents none fell into the "
-                f"{'validation' if suffix else 'training'} part; nothing was written. Choose a "
-                f"{'larger' if suffix else 'smaller'} fraction."
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

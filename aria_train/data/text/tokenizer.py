@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from aria_train.data.permutation import permute
-from aria_train.data.prepare.publish import replacing
 from aria_train.data.prepare.report import Progress
+from aria_train.data.prepare.skips import SkipReport, refuse_empty
 from aria_train.data.prepare.text_inputs import Skipped, read_documents, split_into_units
 from aria_train.errors import DataError
+from aria_train.publish import replacing
 
 NUM_RESERVED = 64
 """Ids 0 to 63 are special tokens, so that those at Aria's published ids have room for more beside them."""
@@ -109,8 +110,7 @@ def train_on_files(
     scattered = sorted(range(len(units)), key=lambda number: permute(number, len(units), "tokenizer"))
     num_bytes = np.cumsum([units[number].num_bytes for number in scattered])
     chosen = [units[number] for number in scattered[: int(np.searchsorted(num_bytes, max_bytes)) + 1]]
-    skips: collections.Counter[str] = collections.Counter()
-    documents = 0
+    skips, documents = SkipReport(), 0
 
     def texts() -> Iterator[str]:
         nonlocal documents
@@ -120,11 +120,10 @@ def train_on_files(
                     documents += 1
                     yield item
                 elif isinstance(item, Skipped):
-                    skips[f"{item.reason} ({item.path})"] += 1
+                    # Lines are counted from the beginning of the unit, which may be amid a file.
+                    skips.add(replace(item, line=None))
             progress.advance(unit.num_bytes, documents)
-        if not documents:
-            reasons = "; ".join(f"{count:,} x {reason}" for reason, count in skips.most_common(3))
-            raise DataError(f"no document found in {len(paths):,} file(s), {paths[0]} first. Skipped: {reasons}.")
+        refuse_empty({"": documents}, "document", paths, skips)
 
     with Progress(sum(unit.num_bytes for unit in chosen), "reading") as progress:
         return train_tokenizer(texts(), vocab_size, folder, overwrite)
