@@ -8,12 +8,9 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aria_train.errors import ConfigError
-
-if TYPE_CHECKING:
-    from aria_train.config import RunConfig
 
 
 def register(subparsers: Any) -> None:
@@ -56,16 +53,16 @@ def run_launch(args: argparse.Namespace) -> None:
 def render(arguments: Sequence[str]) -> tuple[str, Path]:
     """The script of a run, and its run directory. Raises ConfigError for what could not run."""
     from aria_train.config import check_world
+    from aria_train.stages.stage import load_run, run_root, split_arguments
 
-    configs = load_run(arguments)
-    config, several = configs[0], len(configs) > 1
-    launch = config.launch
-    for each in configs:
-        check_world(each, launch.nodes * launch.ranks_per_node)
-    run_dir = Path(config.train.run_dir)
-    run_dir = run_dir.parent if several else run_dir
+    command = "curriculum" if len(split_arguments(arguments)[0]) > 1 else "train"
+    stages = load_run(command, arguments)
+    config, launch = stages[0].config, stages[0].config.launch
+    for stage in stages:
+        check_world(stage.config, launch.nodes * launch.ranks_per_node)
+    run_dir = run_root(stages) if command == "curriculum" else stages[0].run_dir
     options: dict[str, str | int] = {
-        "job-name": re.sub(r"[^\w.-]", "-", "curriculum" if several else config.stage),
+        "job-name": re.sub(r"[^\w.-]", "-", command if command == "curriculum" else config.stage),
         "nodes": launch.nodes,
         "ntasks-per-node": 1,
         "time": launch.time_limit,
@@ -78,7 +75,7 @@ def render(arguments: Sequence[str]) -> tuple[str, Path]:
     if config.train.device != "cpu" and not any(key == "gres" or key.startswith("gpus") for key in named):
         options["gpus-per-node"] = launch.ranks_per_node
     values = {
-        "arguments": "(" + " ".join(map(shlex.quote, ["curriculum" if several else "train", *arguments])) + ")",
+        "arguments": "(" + " ".join(map(shlex.quote, [command, *arguments])) + ")",
         "ranks_per_node": str(launch.ranks_per_node),
         "max_restarts": str(launch.max_restarts),
         "python": shlex.quote(launch.python),
@@ -86,19 +83,6 @@ def render(arguments: Sequence[str]) -> tuple[str, Path]:
         "setup": shlex.quote("\n".join(launch.setup)),
     }
     return _fill(_template(), options | launch.sbatch, values), run_dir
-
-
-def load_run(arguments: Sequence[str]) -> list[RunConfig]:
-    """The stage, or the stages of the curriculum, that the command line names."""
-    from aria_train.config import load_config
-    from aria_train.stages.stage import load_stages, split_arguments
-
-    paths, overrides = split_arguments(list(arguments))
-    if not paths:
-        raise ConfigError("command line: no stage given; name the YAML file of a stage, or of several in order.")
-    if len(paths) == 1:
-        return [load_config(paths[0], overrides)]
-    return [stage.config for stage in load_stages(paths, overrides)]
 
 
 def _fill(template: str, options: dict[str, str | int], values: dict[str, str]) -> str:

@@ -22,26 +22,26 @@ from aria_train.errors import EXIT_USER_ERROR, ConfigError, UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="aria_train.preflight", description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, required=True, help="ranks that will run on this node")
-    parser.add_argument("arguments", nargs="+", help="those of aria-train")
+    parser.add_argument("command", choices=("train", "curriculum"), help="of aria-train")
+    parser.add_argument("arguments", nargs="+", help="and its arguments")
     args = parser.parse_args(arguments)
     try:
-        print(check_node(args.ranks, args.arguments), flush=True)
+        print(check_node(args.ranks, args.command, args.arguments), flush=True)
     except UserError as error:
         print(f"{socket.gethostname()}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     return 0
 
 
-def check_node(ranks: int, arguments: Sequence[str]) -> str:
+def check_node(ranks: int, command: str, arguments: Sequence[str]) -> str:
     """A line about this node. Raises ConfigError if `ranks` ranks of this run cannot work on it."""
     try:
         import torch
     except ImportError as error:
         raise ConfigError(f"{sys.executable} has no PyTorch ({error}): set launch.python or launch.setup.") from None
-    from aria_train.stages.stage import load_stages, split_arguments
+    from aria_train.stages.stage import load_run
 
-    paths, overrides = split_arguments([a for a in arguments if a not in ("train", "curriculum")])
-    config = load_stages(paths, overrides)[0].config
+    config = load_run(command, arguments)[0].config
     gpus = torch.cuda.device_count()
     if config.train.device == "cuda" or (config.train.device == "auto" and gpus):
         if gpus < ranks:

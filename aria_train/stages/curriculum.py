@@ -23,7 +23,7 @@ from aria_train.parallel.job import orderly_end
 from aria_train.parallel.mesh import release
 from aria_train.stages.checks import check, check_ranks
 from aria_train.stages.plan import print_plan
-from aria_train.stages.stage import Stage, load_stages, run_root, split_arguments
+from aria_train.stages.stage import Stage, load_run, run_root
 from aria_train.stages.timeline import write_timeline
 from aria_train.train.signals import graceful_stop
 from aria_train.train.trainer import Trainer
@@ -31,10 +31,7 @@ from aria_train.train.trainer import Trainer
 
 def run_curriculum(args: argparse.Namespace) -> None:
     """Trains the stages, or with `--dry-run` shows what would be done."""
-    paths, overrides = split_arguments(args.arguments)
-    if not paths:
-        raise ConfigError("command line: no stage given; name the stages' YAML files in order.")
-    stages = load_stages(paths, overrides)
+    stages = load_run("curriculum", args.arguments)
     report = check(stages)
     is_main = os.environ.get("RANK", "0") == "0"
     if args.dry_run:

@@ -59,6 +59,19 @@ class Stage:
         return self.steps_done() >= self.config.total_steps
 
 
+def load_run(command: str, arguments: Sequence[str]) -> list[Stage]:
+    """The stage that `aria-train train`, or the stages that `aria-train curriculum`, would run with these arguments.
+
+    Raises ConfigError if they name none.
+    """
+    paths, overrides = split_arguments(arguments)
+    if not paths:
+        raise ConfigError("command line: no stage given; name the YAML file of a stage, or of several in order.")
+    if command == "curriculum":
+        return load_stages(paths, overrides)
+    return [Stage(Path(path).stem, load_config(path, overrides)) for path in paths]
+
+
 def load_stages(paths: Sequence[str], overrides: Sequence[str]) -> list[Stage]:
     """Reads the stages' files, in order; every stage but the first starts from the final checkpoint of the one before.
 

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ def options(script: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_shellcheck_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rendered = tmp_path / "rendered.sh"
     rendered.write_text(dry_run(capsys, stage(tmp_path, setup=["module load cuda", 'echo "it\'s"'])))
-    done = subprocess.run(["shellcheck", SCRIPTS / "torchrun.sh", rendered], capture_output=True, text=True)
+    shellcheck = Path(sysconfig.get_path("scripts"), "shellcheck")
+    done = subprocess.run([shellcheck, SCRIPTS / "torchrun.sh", rendered], capture_output=True, text=True)
     assert done.stdout == ""
     assert done.returncode == 0
 
@@ -149,6 +150,10 @@ def test_a_node_is_looked_at_first(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no GPUs in use" in capsys.readouterr().out
     assert preflight.main(["--ranks", "2", "train", path, "train.seed=x"]) == 2
     assert "train.seed" in capsys.readouterr().err
+    assert preflight.main(["--ranks", "2", "train", path, f"train.run_dir={tmp_path}/one"]) == 0
+    assert preflight.main(["--ranks", "2", "curriculum", path, f"train.run_dir={tmp_path}/several"]) == 0
+    assert f"free for {tmp_path}/several/a stage" in capsys.readouterr().out
+    assert os.listdir(tmp_path / "one") == []
     (tmp_path / "file").write_text("")
     assert preflight.main(["--ranks", "2", "train", path, f"train.run_dir={tmp_path}/file/run"]) == 2
     assert "cannot be written to" in capsys.readouterr().err
