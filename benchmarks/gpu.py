@@ -23,6 +23,7 @@ from aria_train.batch import MicroBatch
 from aria_train.config import ModelConfig, OptimizerConfig, ParallelConfig
 from aria_train.data.work import forward_flops
 from aria_train.model import AriaModel
+from aria_train.model.hf.config import hf_config
 from aria_train.model.init import initialise
 from aria_train.model.recompute import Recompute
 from aria_train.parallel.mesh import build_meshes, init_process_group
@@ -159,20 +160,7 @@ def build_theirs(size: Size, device: torch.device) -> Run:
     """bf16 throughout, moments too, which takes less memory than ours; their checkpointing stays off."""
     from transformers import AriaTextConfig, AriaTextForCausalLM
 
-    ours = size.model()
-    config = AriaTextConfig(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.hidden_size,
-        intermediate_size=ours.expert_size,
-        num_hidden_layers=ours.num_layers,
-        num_attention_heads=ours.num_heads,
-        num_key_value_heads=ours.num_kv_heads,
-        head_dim=ours.head_dim,
-        moe_num_experts=ours.num_experts,
-        moe_topk=ours.top_k,
-        moe_num_shared_experts=ours.num_shared_experts,
-        max_position_embeddings=ours.max_positions,
-    )
+    config = AriaTextConfig(**hf_config(size.model(), torch.bfloat16))
     build: Callable[..., Any] = AriaTextForCausalLM._from_config
     with device:
         model = build(config, dtype=torch.bfloat16, experts_implementation="grouped_mm").train()
