@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-quick demo-data clean-demo test lint format bench bench-gpu slurm-test faults
+.PHONY: help setup demo demo-quick demo-data needle clean-demo test lint format bench bench-gpu slurm-test faults
 
 PYTHON ?= python3
 venv_python := .venv/bin/python
@@ -18,8 +18,8 @@ help:
 	@echo 'make clean-demo  forget the demo: the next one starts over'
 	@echo 'make test        lint, types, then every test'
 	@echo 'make bench       measure speed beside peers, into docs/performance.md (nothing else should run)'
-	@echo 'make slurm-test  install SLURM (Debian, apt) and run a job under it that is preempted and requeued'
 	@echo 'make bench-gpu   the same at full width, on a GPU'
+	@echo 'make slurm-test  install SLURM (Debian, apt) and run a job under it that is preempted and requeued'
 	@echo 'make faults      kill, starve, fill and damage a small run in every way, into docs/reliability.md'
 	@echo 'make lint        ruff and mypy only'
 	@echo 'make format      let ruff mend what it can'
@@ -42,7 +42,6 @@ demo: $(installed)
 demo-quick: $(installed)
 	@$(venv_python) -m demo.run --quick
 
-.PHONY: needle
 needle: $(installed)
 	@$(venv_python) -m demo.needle
 
