@@ -1,0 +1,47 @@
+"""Types of the configuration's values, and what all its sections have in common."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_TOKEN_SUFFIX = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def _parse_tokens(value: Any) -> Any:
+    """`6.4T`, `33B`, `2e9` and `1_000` all name a number of tokens."""
+    if isinstance(value, str):
+        text = value.strip().replace("_", "")
+        scale = _TOKEN_SUFFIX.get(text[-1:].upper(), 1)
+        try:
+            value = float(text[:-1] if scale > 1 else text) * scale
+        except ValueError:
+            raise ValueError("a number of tokens, such as 500M, 33B, 6.4T or 1_000_000") from None
+        return round(value) if abs(value) < 2**63 else value
+    return value
+
+
+def _parse_float(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as text; people mean a number."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[\d_.]+(e[-+]?\d+)?", value.strip(), re.IGNORECASE):
+        return float(value.replace("_", ""))
+    return value
+
+
+Tokens = Annotated[int, BeforeValidator(_parse_tokens), Field(ge=0)]
+Number = Annotated[float, BeforeValidator(_parse_float), Field(allow_inf_nan=False)]
+AboveZero = Annotated[Number, Field(gt=0)]
+Part = Literal["decoder", "vision", "projector"]
+"""A part of the model that a stage may start from elsewhere, freeze, or give a learning rate of its own."""
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Decay = Annotated[Number, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration. Unknown keys are errors; values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True, strict=False)
