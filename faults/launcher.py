@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 
 def run_and_kill(arguments: list[str], run_dir: Path, bench: Any, config: Any, kills: int) -> int:
     """Kills one worker after another, each when the run has come further; returns the most steps that one cost."""
-    command = [sys.executable, "-m", "aria_train.elastic", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     chance, worst = random.Random(1), 0
-    with (run_dir.parent / "launcher.log").open("w") as log:
+    with launched("aria_train", arguments, run_dir) as launcher:
+        for number in range(kills):
+            _wait(lambda: _steps(run_dir) >= 8 + 10 * number, launcher)  # noqa: B023
+            os.kill(chance.choice(_children(launcher.pid)), signal.SIGKILL)
+            time.sleep(1.0)
+            worst = max(worst, bench.steps_lost(config))
+        assert launcher.wait(900) == 0, log_of(run_dir).read_text()[-3000:]
+    return worst
+
+
+@contextlib.contextmanager
+def launched(
+    module: str, arguments: list[str], run_dir: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Two ranks of `python -m module` under the launcher, which is ended if it still runs afterwards."""
+    command = [sys.executable, "-m", "aria_train.elastic", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"} | dict(variables or {})
+    with log_of(run_dir).open("w") as log:
         launcher = subprocess.Popen(
-            [*command, "-m", "aria_train", *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment
+            [*command, "-m", module, *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment
         )
         try:
-            for number in range(kills):
-                _wait(lambda: _steps(run_dir) >= 8 + 10 * number, launcher)  # noqa: B023
-                os.kill(chance.choice(_children(launcher.pid)), signal.SIGKILL)
-                time.sleep(1.0)
-                worst = max(worst, bench.steps_lost(config))
-            assert launcher.wait(900) == 0, Path(log.name).read_text()[-3000:]
+            yield launcher
         finally:
             if launcher.poll() is None:
                 launcher.kill()
-    return worst
+
+
+def log_of(run_dir: Path) -> Path:
+    """What the launcher and its ranks say."""
+    return run_dir.parent / "launcher.log"
 
 
 def _steps(run_dir: Path) -> int:

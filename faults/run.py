@@ -20,22 +20,25 @@ from typing import Any
 import torch
 
 from benchmarks import save_stall
+from faults import scenarios
+from faults.clock import clock_jumps
 from faults.kills import killed_at_random
-from faults.scenarios import SCENARIOS, STEPS, Bench
+from faults.scenarios import STEPS, Bench
 
 RESULTS = Path("faults/results.json")
 PAGE = Path("docs/reliability.md")
 BEGIN, END = "<!-- written by make faults -->", "<!-- end of what make faults writes -->"
 STALL = "save_stall"
+SCENARIOS = [*scenarios.SCENARIOS, clock_jumps, killed_at_random]
 
 
 def main(names: list[str]) -> int:
     """Runs the scenarios; returns 1 if one of them found what must not be."""
-    scenarios = {scenario.__name__: scenario for scenario in (*SCENARIOS, killed_at_random)}
-    if unknown := set(names) - {*scenarios, STALL}:
-        print(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join([*scenarios, STALL])}", file=sys.stderr)
+    known = {scenario.__name__: scenario for scenario in SCENARIOS}
+    if unknown := set(names) - {*known, STALL}:
+        print(f"no scenario {', '.join(sorted(unknown))}; there are {', '.join([*known, STALL])}", file=sys.stderr)
         return 2
-    chosen = [name for name in (*scenarios, STALL) if not names or name in names]
+    chosen = [name for name in (*known, STALL) if not names or name in names]
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         if set(chosen) - {STALL}:
@@ -44,14 +47,14 @@ def main(names: list[str]) -> int:
         for name in chosen:
             began = time.monotonic()
             try:
-                result = save_stall.main([]) if name == STALL else asdict(scenarios[name](bench))
+                result = save_stall.main([]) if name == STALL else asdict(known[name](bench))
             except AssertionError as error:
                 failed = True
                 print(f"{name} FAILED: {error!s:.3000}", flush=True)
                 continue
             _keep(name, result)
             print(f"{name} ({time.monotonic() - began:.0f} s): {result.get('lost', '')}", flush=True)
-    write_page(list(scenarios))
+    write_page(list(known))
     return int(failed)
 
 

@@ -149,8 +149,21 @@ def _open_tensorboard(run_dir: Path, resume_step: int) -> Any:
             f"logging.tensorboard is true, but TensorBoard cannot be imported ({error}). Install it with "
             "pip install 'aria_train[tensorboard]', or set logging.tensorboard=false; metrics.jsonl is written anyway."
         ) from None
+    folder = run_dir / "logs" / "tensorboard"
+    _number_events(folder)
     # Events that an interrupted run wrote past its checkpoint are hidden by the purge.
-    return SummaryWriter(str(run_dir / "logs" / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+
+def _number_events(folder: Path) -> None:
+    """TensorBoard reads event files by name, and names them after the time, which may since have been set back. So the
+    files of earlier starts are named after their number: whatever the time is, the next one comes behind them."""
+    for number, file in enumerate(sorted(folder.glob(f"{_EVENTS}*"))):
+        _, _, origin = file.name.removeprefix(_EVENTS).partition(".")
+        file.rename(folder / f"{_EVENTS}{number:010d}.{origin}")
+
+
+_EVENTS = "events.out.tfevents."
 
 
 def _open_wandb(run_dir: Path, logging: LoggingConfig, config: Mapping[str, Any], resume_step: int) -> Any:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -107,9 +108,11 @@ def test_an_evaluation_is_recorded_once(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "evaluations.jsonl") == [step_metrics(0)]
 
 
-def test_tensorboard_shows_a_resumed_run_as_one(tmp_path: Path) -> None:
+def test_tensorboard_shows_a_resumed_run_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the clock is set back between one start and the next."""
     loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for start, stop in ((0, 7), (4, 10)):
+    for start, stop, clock in ((0, 3, 1.7e9), (3, 7, 1.6e9), (4, 10, 1.5e9)):
+        monkeypatch.setattr(time, "time", lambda: clock)  # noqa: B023
         writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=True, interval_steps=2), {}, resume_step=start)
         for step in range(start + 1, stop + 1):
             writer.log_step(step_metrics(step))
