@@ -217,6 +217,9 @@ class TrainConfig(Section):
     """bf16 computes in bfloat16; master weights, reductions and optimizer state are fp32 in both."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none; all but the dear ones (GEMMs, attention); whole layers."""
+    profile: Annotated[int, Field(ge=0, le=100)] = 0
+    """Steps, after two that warm up, of which `profile/` in the run directory gets a trace and a table of where the
+    time goes; 0 = none."""
     run_dir: str = "runs/default"
     eval_interval_steps: NonNegative = 0
     """Held-out loss every so many steps, and before the first and after the last; 0 = never."""

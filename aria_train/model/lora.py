@@ -55,7 +55,10 @@ class LoraExperts(GroupedExperts):
             for letter, shape in (("A", (experts, inner, config.rank)), ("B", (experts, config.rank, outer))):
                 setattr(self, f"{name}_lora_{letter}", nn.Parameter(weight.new_empty(shape, dtype=torch.float32)))
 
-    def forward(self, rows_SH: Tensor, offsets_E: Tensor) -> Tensor:
+    mixes = False
+
+    def forward(self, rows_SH: Tensor, offsets_E: Tensor, pairs: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        assert pairs is None
         return self.compose(rows_SH, offsets_E)
 
     def multiply(self, name: str, rows_SI: Tensor, offsets_E: Tensor) -> Tensor:

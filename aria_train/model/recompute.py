@@ -22,6 +22,7 @@ _DEAR = frozenset(
         "aten::addmm",
         "aten::bmm",
         "aten::_grouped_mm",
+        "aria_train::experts",
         "aten::topk",
         "aten::sort",
         "aten::_scaled_dot_product_flash_attention",

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from aria_train import kernels
-from aria_train.kernels.swiglu import grouped_swiglu, swiglu
+from aria_train.kernels.experts import grouped_swiglu, mixture
+from aria_train.kernels.swiglu import swiglu
 
 
 class GroupedExperts(nn.Module):
@@ -22,8 +23,17 @@ class GroupedExperts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, hidden_size, 2 * expert_size))
         self.down = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
 
-    def forward(self, rows_SH: Tensor, offsets_E: Tensor) -> Tensor:
-        """rows [S, H] sorted by expert; offsets int32 [E], end row of each expert -> [S, H]."""
+    mixes = True
+    """Whether `forward` takes pairs."""
+
+    def forward(self, rows_SH: Tensor, offsets_E: Tensor, pairs: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """rows [S, H] sorted by expert; offsets int32 [E], end row of each expert -> [S, H].
+
+        With pairs, on a CPU: rows are tokens [T, H], pairs their numbers and weights sorted by expert, int64 and
+        float32 [S]; gives the weighted sum of each token's experts, [T, H].
+        """
+        if pairs is not None:
+            return mixture(rows_SH, *pairs, local(self.gate_up), local(self.down), offsets_E)
         if kernels.on_cpu(rows_SH):
             return grouped_swiglu(rows_SH, local(self.gate_up), local(self.down), offsets_E)
         return self.compose(rows_SH, offsets_E)

@@ -42,6 +42,7 @@ from aria_train.train.initial import fill_weights
 from aria_train.train.metrics import MetricsWriter
 from aria_train.train.objective import StepSums, Totals, objective, step_metrics
 from aria_train.train.optimizer import build_optimizer, clip_gradients, learning_rate
+from aria_train.train.profile import Profile, part
 from aria_train.train.pulse import Pulse
 from aria_train.train.rollback import roll_back
 from aria_train.train.state import TrainState, check_resumable
@@ -73,6 +74,8 @@ class Trainer:
         hangs = self.run_dir / "logs" / "hangs"
         self.watchdog = Watchdog(config.guard.hang_minutes * 60, self.meshes.rank, self.meshes.world_size, hangs)
         self.probes = Probes(config, self.meshes)
+        watched = config.train.profile if replay_step is None else 0
+        self.profile = Profile(watched, self.run_dir, self.meshes.rank, self.state.model, self.console.message)
         self.writer: MetricsWriter | None = None
         if self.is_main and replay_step is None:
             (self.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -93,7 +96,10 @@ class Trainer:
             if state.step == 0:
                 self._evaluate()
             while state.step < config.total_steps and not self.pulse.stop_asked:
-                self.advance(self.pulse.next_batches(self.loader))
+                with self.profile.step():
+                    with part("data"):
+                        batches = self.pulse.next_batches(self.loader)
+                    self.advance(batches)
                 last = state.step == config.total_steps
                 self._evaluate(last)
                 if last or self.pulse.stop_asked or self._save_is_due():
@@ -129,11 +135,13 @@ class Trainer:
         reduced = sum_over_ranks({**sums.sums, "pulse": self.pulse.beat()}, self.device)
         self.pulse.hear(reduced.pop("pulse"))
         losses = step_metrics(reduced, totals, config.model, [source.name for source in config.data.train])
-        grad_norm = self._clip()
+        with part("optimizer"):
+            grad_norm = self._clip()
         lr = learning_rate(config, state.step * config.tokens_per_step)
         skipped = self.guard.judge(losses["loss"], grad_norm)
         if skipped is None:
-            self._update(lr)
+            with part("optimizer"):
+                self._update(lr)
             state.expert_counts.copy_(reduced["counts"])
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
@@ -292,6 +300,7 @@ class Trainer:
     def close(self) -> None:
         """Lets go of threads and files."""
         self.watchdog.stop()
+        self.profile.close()
         self.saver.close()
         self.loader.close()
         self.console.stop()

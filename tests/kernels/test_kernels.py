@@ -8,16 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aria_train.kernels
+import aria_train.kernels.experts
 from aria_train.kernels import routing
+from aria_train.kernels.experts import grouped_swiglu, mixture
 from aria_train.kernels.norm import rms_norm
 from aria_train.kernels.rope import rotate
-from aria_train.kernels.swiglu import grouped_swiglu, swiglu
+from aria_train.kernels.swiglu import swiglu
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks, the last of them short."""
     monkeypatch.setattr(aria_train.kernels, "_BLOCK", 32)
+    monkeypatch.setattr(aria_train.kernels.experts, "_AT_ONCE", 1500)
     torch.manual_seed(0)
 
 
@@ -78,6 +81,32 @@ def test_experts_with_many_rows_one_and_none(dtype: torch.dtype, tolerance: floa
     for result, expected in zip(results, run(plain, torch.float64), strict=True):
         assert result.dtype == dtype
         assert (result.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_mixture_of_experts_with_many_tokens_few_and_none() -> None:
+    """Token 0 goes to three experts, token 6 to none."""
+    experts = [[0, 1, 2, 3, 4, 5], [], [0], [0, 3], []]
+    tokens, ends = (
+        torch.tensor([token for chosen in experts for token in chosen]),
+        torch.tensor([6, 6, 7, 9, 9], dtype=torch.int32),
+    )
+    x, gate_up, down = (torch.randn(shape, dtype=torch.float64) for shape in ((7, 4), (5, 4, 6), (5, 3, 4)))
+    weights = torch.rand(9, dtype=torch.float64)
+
+    def plain(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        out, pair = torch.zeros_like(x), 0
+        for expert, chosen in enumerate(experts):
+            for token in chosen:
+                gate, up = (x[token] @ gate_up[expert]).chunk(2)
+                share = weights[pair] * ((F.silu(gate) * up) @ down[expert])
+                out, pair = out.index_add(0, torch.tensor([token]), share[None]), pair + 1
+        return out
+
+    def fast(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return mixture(x, tokens, weights, gate_up, down, ends)
+
+    torch.testing.assert_close(fast(x, weights, gate_up, down), plain(x, weights, gate_up, down))
+    gradcheck(fast, x, weights, gate_up, down)
 
 
 def test_weighted_sum_of_each_tokens_rows() -> None:

@@ -32,7 +32,6 @@ from aria_train.config import ModelConfig
 from aria_train.data.multimodal import images
 from aria_train.data.multimodal.images import BadImage
 from aria_train.data.multimodal.store import Placement, Sample
-from aria_train.data.multimodal.video import sample_frames
 from aria_train.data.text import tokenizer
 from aria_train.errors import DataError
 
@@ -336,6 +335,8 @@ class _Media:
 
     def video(self, inline: Any) -> list[tuple[str, bytes]]:
         """(name, bytes) of every sampled frame."""
+        from aria_train.data.multimodal.video import sample_frames  # its decoder is slow to import
+
         if inline is None:
             if self._next_video >= len(self._videos):
                 raise BadRecord("more video placeholders than videos", f"{len(self._videos)} video(s)")

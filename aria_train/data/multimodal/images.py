@@ -275,10 +275,12 @@ def _patchify(pixels: NDArray[np.uint8], num_queries: int, vision: VisionConfig)
     patch = vision.patch_size
     height, width = pixels.shape[:2]
     rows, columns = -(-height // patch), -(-width // patch)
-    padded = np.zeros((rows * patch, columns * patch, 3), np.uint8)
-    padded[:height, :width] = pixels
-    patches = padded.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3)
-    normalised = patches.reshape(rows * columns, 3 * patch * patch).astype(np.float32)
-    normalised *= 1 / 127.5  # (x / 255 - mean) / std with both 0.5
+    if (height, width) != (rows * patch, columns * patch):
+        padded = np.zeros((rows * patch, columns * patch, 3), np.uint8)
+        padded[:height, :width] = pixels
+        pixels = padded
+    patches = pixels.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3)
+    flat = patches.reshape(rows * columns, 3 * patch * patch)
+    normalised = np.multiply(flat, np.float32(1 / 127.5), dtype=np.float32)  # (x / 255 - mean) / std with both 0.5
     normalised -= 1
     return ProcessedImage(normalised, position_ids(rows, columns, vision.position_grid), num_queries)

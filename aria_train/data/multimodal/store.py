@@ -230,18 +230,7 @@ class Reader:
 
     def placements(self, row: int) -> list[Placement]:
         """The images of sample `row`."""
-        batch, at = self._find(row)
-        return [
-            Placement(
-                start=item["start"],
-                layout=ImageLayout(
-                    item["size"],
-                    item["num_queries"],
-                    (item["grid_height"], item["grid_width"]) if item["grid_height"] else None,
-                ),
-            )
-            for item in batch.column("placements")[at].as_py()
-        ]
+        return _placements(*self._find(row))
 
     def sample(self, row: int) -> Sample:
         """Sample `row`; arrays are read-only views of the file."""
@@ -250,7 +239,7 @@ class Reader:
             token_ids=batch.column("token_ids")[at].values.to_numpy(),
             loss=batch.column("loss")[at].values.to_numpy(),
             images=batch.column("images")[at].as_py(),
-            placements=self.placements(row),
+            placements=_placements(batch, at),
             category=batch.column("category")[at].as_py(),
             origin=batch.column("origin")[at].as_py(),
         )
@@ -301,3 +290,17 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             "corpus again."
         )
     return meta
+
+
+def _placements(batch: pa.RecordBatch, at: int) -> list[Placement]:
+    return [
+        Placement(
+            start=item["start"],
+            layout=ImageLayout(
+                item["size"],
+                item["num_queries"],
+                (item["grid_height"], item["grid_width"]) if item["grid_height"] else None,
+            ),
+        )
+        for item in batch.column("placements")[at].as_py()
+    ]

@@ -17,7 +17,6 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from aria_train.errors import CheckpointError
@@ -186,11 +185,15 @@ class _PathReader(dcp.FileSystemReader):
         return _read_index(Path(self.path))
 
 
-class _UrlReader(FsspecReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return _read_index(RemotePath(str(self.path)))
-
-
 def reader(folder: Folder) -> dcp.FileSystemReader:
     """What `dcp.load` reads a checkpoint through."""
-    return _UrlReader(folder.url) if isinstance(folder, RemotePath) else _PathReader(folder)
+    if isinstance(folder, Path):
+        return _PathReader(folder)
+    # Imports fsspec and its many modules, which files of this machine do without.
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+    class UrlReader(FsspecReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            return _read_index(RemotePath(str(self.path)))
+
+    return UrlReader(folder.url)

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from aria_train.errors import CheckpointError
 from aria_train.parallel.checkpoint.manifest import MANIFEST, Manifest, encode
@@ -118,6 +117,8 @@ def _writing_folder(target: Folder) -> Folder:
 
 def _writer(folder: Folder) -> dcp.FileSystemWriter:
     if isinstance(folder, RemotePath):
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter  # slow to import
+
         return FsspecWriter(folder.url, sync_files=False)
     return dcp.FileSystemWriter(folder, sync_files=True)
 
