@@ -1,9 +1,9 @@
-"""How step time and memory grow: with tokens per window, with experts, with images, and with ranks; a picture each.
+"""How a step's time and memory grow with tokens per window, with experts, with images, and with ranks; a picture each.
 
-    python -m benchmarks.growth [tokens experts images ranks] [--threads 2]
+    python -m benchmarks.growth [tokens experts images ranks] [--threads 2] [--minutes 9]
 
-Writes docs/growth_*.svg and prints what it draws. The exponent is the slope over the upper half of the range: 1 is in
-proportion, 2 is with the square.
+Writes docs/images/growth_*.svg and a table into docs/performance.md. The exponent is the slope over the upper half of
+the range: 1 is in proportion, 2 is with the square. Points that the minutes do not suffice for are left out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,9 @@ from aria_train.model import AriaModel
 from aria_train.model.vision import images_to_batch
 from benchmarks.measure import Cost, Run, cost_of
 
-PICTURES = Path("docs")
+PICTURES = Path("docs/images")
+PAGE = Path("docs/performance.md")
+BEGIN, END = "<!-- growth -->", "<!-- end of growth -->"
 SMALL = "configs/small/stage2_mm.yaml"
 
 
@@ -44,26 +47,55 @@ class Point:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.growth", description=__doc__)
     parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=f"of {', '.join(SWEEPS)} (default: all)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=float, default=9, help="after which no point is begun (default: 9)")
     arguments = parser.parse_args()
     if unknown := set(arguments.sweeps) - set(SWEEPS):
         parser.error(f"no sweep {', '.join(sorted(unknown))}: there are {', '.join(SWEEPS)}")
+    deadline, load = time.monotonic() + arguments.minutes * 60, os.getloadavg()[0]
+    found = {}
     for name in arguments.sweeps or SWEEPS:
         print(f"{name}:", flush=True)
-        points = SWEEPS[name](arguments.threads)
+        found[name] = points = SWEEPS[name](arguments.threads, deadline)
+        if len(points) < 2:
+            print("  too few points for a picture: give more --minutes", flush=True)
+            continue
         draw(name, points, PICTURES / f"growth_{name}.svg")
         print(
             f"  exponents: time {exponent(points, 'seconds'):.2f}, memory {exponent(points, 'bytes'):.2f}", flush=True
         )
+    if not arguments.sweeps:
+        write_page({name: points for name, points in found.items() if len(points) > 1}, arguments.threads, load)
 
 
-def sweep(values: list[int], threads: int, build: Callable[[int], Run]) -> list[Point]:
-    """Each in a process of its own."""
-    points = []
-    for value in values:
+def sweep(values: list[int], threads: int, deadline: float, build: Callable[[int], Run]) -> list[Point]:
+    """Each in a process of its own, while the time suffices for the next even if it grows with the square."""
+    points: list[Point] = []
+    took = 0.0
+    for before, value in zip([values[0], *values], values, strict=False):
+        began = time.monotonic()
+        if began + took * (value / before) ** 2 > deadline:
+            print(f"  {value:>7,}  left out: there is no time for it", flush=True)
+            break
         points.append(Point(value, cost_of(build, value, threads=threads)))
+        took = time.monotonic() - began
         print(f"  {value:>7,}  {points[-1].cost}", flush=True)
     return points
+
+
+def write_page(found: dict[str, list[Point]], threads: int, load: float) -> None:
+    """Puts the exponents and the pictures into their place in the documentation."""
+    lines = ["| with | from | to | time | memory |", "| --- | --- | --- | --- | --- |"]
+    for name, points in found.items():
+        ends = f"{short(points[0].x)} | {short(points[-1].x)}"
+        lines.append(
+            f"| {LABELS[name]} | {ends} | {exponent(points, 'seconds'):.2f} | {exponent(points, 'bytes'):.2f} |"
+        )
+    pictures = "\n".join(f"![{LABELS[name]}](images/growth_{name}.svg)" for name in found)
+    on = f"{os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, {load:.1f} other processes at work."
+    page = PAGE.read_text()
+    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{on}\n\n" + "\n".join(lines) + f"\n\n{pictures}\n\n{END}{after}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,11 +150,14 @@ def step_of(config: ModelConfig, batch: MicroBatch) -> Run:
     return run
 
 
-def over_ranks(threads: int) -> list[Point]:
+def over_ranks(threads: int, deadline: float) -> list[Point]:
     """Steps of stage 1 of configs/small under the launcher: the same global batch, expert parallelism over all ranks.
     The cores are shared out, so a flat line would be communication that costs nothing."""
-    points = []
+    points: list[Point] = []
     for ranks in (1, 2, 4):
+        if time.monotonic() > deadline:
+            print(f"  {ranks:>7,}  left out: there is no time for it", flush=True)
+            break
         with tempfile.TemporaryDirectory() as folder:
             launcher = ["-m", "aria_train.elastic", "--standalone", f"--nproc-per-node={ranks}", "-m", "aria_train"]
             overrides = [
@@ -139,11 +174,11 @@ def over_ranks(threads: int) -> list[Point]:
     return points
 
 
-SWEEPS: dict[str, Callable[[int], list[Point]]] = {
-    "tokens": lambda threads: sweep([2**power for power in range(10, 17)], threads, with_tokens),
-    "experts": lambda threads: sweep([8, 16, 32, 64, 128], threads, with_experts),
-    "images": lambda threads: sweep([4, 8, 16, 32, 64, 128], threads, with_images),
+SWEEPS: dict[str, Callable[[int, float], list[Point]]] = {
     "ranks": over_ranks,
+    "experts": lambda threads, deadline: sweep([8, 16, 32, 64, 128], threads, deadline, with_experts),
+    "images": lambda threads, deadline: sweep([4, 8, 16, 32, 64, 128], threads, deadline, with_images),
+    "tokens": lambda threads, deadline: sweep([2**p for p in range(10, 17)], threads, deadline, with_tokens),
 }
 LABELS = {
     "tokens": "tokens in the window, one document",

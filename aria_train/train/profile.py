@@ -46,7 +46,7 @@ _RANGE = "part: "
 _COLLECTIVES = re.compile(r"^(c10d::|_c10d_functional|gloo:|nccl:|record_param_comms|FSDP::)|RegisterPostBackward")
 """What communicates, and the copies that FSDP makes around it."""
 _BACKWARD = "autograd::engine::evaluate_function"
-Parts = dict[tuple[int, int] | str, str | None]
+Parts = dict[tuple[int, int | None] | str, str | None]
 """The part in which a forward operation ran, by its sequence number and thread, and by its name."""
 
 
