@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import data, moe_layer, pieces, startup, storage, table, training_step, vision
+from benchmarks import data, moe_layer, pieces, ranks, startup, storage, table, training_step, vision
 from benchmarks.measure import gemm_ceiling
 from benchmarks.table import Row
 
@@ -30,6 +30,7 @@ SUITES: dict[str, Suite] = {
     "data": lambda turns, ceilings: data.rows(turns),
     "storage": lambda turns, ceilings: storage.rows(turns),
     "startup": lambda turns, ceilings: startup.rows(turns),
+    "ranks": lambda turns, ceilings: ranks.rows(turns),
 }
 
 
