@@ -316,18 +316,30 @@ def grid_on_rank(folder: str, expert_ranks: int) -> dict[str, Any]:
 # Training data
 
 
-def test_training_documents_fit_and_ask_for_every_fact(haystack: Haystack):
-    lengths = []
-    for text, tokens in training_documents(haystack, 40, 128, 500, seed=3):
+def test_training_documents_state_facts_then_ask_for_each_while_there_is_room(haystack: Haystack):
+    lengths, hidden, most = [], 0, 0
+    for text, tokens in training_documents(haystack, 40, 64, 500, seed=3):
         assert len(haystack.encode(text)) + 1 == tokens <= 500
-        mentioned = [(name, value) for name, value in FACT.findall(text)]
-        facts = set(mentioned)
-        assert facts
-        asked = mentioned[-len(facts) :]
-        assert set(asked) == facts, "all are asked at the end"
-        assert set(mentioned[: -len(facts)]) == facts, "and stated before"
+        mentioned = FACT.findall(text)
+        facts = dict(mentioned)
+        stated, asked = mentioned[: len(facts)], mentioned[len(facts) :]
+        assert dict(stated) == facts == dict(asked), "each is stated once, first, and asked for"
+        assert set(stated) == set(mentioned), "with one value"
         lengths.append(tokens)
-    assert min(lengths) < 200 < 350 < max(lengths)
+        is_hidden = len(FACT.sub("", text).strip("\n.")) > 0
+        hidden += is_hidden
+        most = max(most, len(facts))
+    assert min(lengths) < 100
+    assert max(lengths) > 350
+    assert 4 < hidden < 30
+    assert most == 3
+
+
+def test_the_digits_of_a_value_differ():
+    random = np.random.default_rng(0)
+    values = [fact.value for _ in range(200) for fact in draw_facts(random, 5, held_out=False)]
+    assert all(len(set(value)) == len(value) == 4 and value[0] != "0" for value in values)
+    assert {value[0] for value in values} == set("123456789")
 
 
 def test_training_data_is_json_lines_for_data_prepare(haystack: Haystack, folder: Path, tmp_path: Path):

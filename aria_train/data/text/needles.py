@@ -43,13 +43,13 @@ _NOUNS = (
 )
 ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 DIGITS = 4
-"""A value's digits, the first of them not 0."""
+"""A value's digits, no two alike and the first not 0: each says which one follows, as words of a text mostly do."""
 _HELD_OUT_EVERY = 5
-_MOST_FACTS, _MOST_MENTIONS = 16, 3
-_LARGEST_QUOTATION = 2
-"""A document's own passage that is said again is at most one part in so many of it."""
+_MOST_FACTS = 3
+_HIDDEN_SHARE = 0.35
+"""Training documents whose facts are hidden in text; the others are nothing but facts and questions."""
 _SHORTEST = 64
-"""Tokens of a training document at least, and per fact: the fact, its question, and something to hide it in."""
+"""Tokens of a training document at least: a fact, its question, and some more of either or of text."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,9 @@ def draw_facts(random: np.random.Generator, count: int, held_out: bool) -> list[
     for adjective in random.permutation(len(ADJECTIVES))[:count].tolist():
         noun = next(noun for noun in nouns if ((adjective + noun) % _HELD_OUT_EVERY == 0) == held_out)
         nouns.remove(noun)
-        value = random.integers(10 ** (DIGITS - 1), 10**DIGITS)
-        facts.append(Fact(f"{ADJECTIVES[adjective]} {NOUNS[noun]}", str(value)))
+        digits = [str(digit) for digit in random.permutation(10).tolist()]
+        value = "".join(digits[1 if digits[0] == "0" else 0 :][:DIGITS])
+        facts.append(Fact(f"{ADJECTIVES[adjective]} {NOUNS[noun]}", value))
     return facts
 
 
@@ -167,10 +168,9 @@ def write_training_data(
 ) -> int:
     """Writes `count` documents as JSON lines for `aria-train data prepare`; returns their tokens.
 
-    Lengths are log-uniform, from documents that are easily looked through to the longest. Each states some facts, a few
-    of them more than once (looking a fact up is learned from every mention but the first), then says a passage of its
-    own again, and ends with all facts. A passage is the larger lesson in looking up: it has something to copy at every
-    token, where facts have it at a few.
+    Lengths are log-uniform, from documents that are easily looked through to the longest. Each states a few facts and
+    asks for them, again and again while there is room: to look a fact up is learned from answers, and most of these
+    documents have little else to learn from. In the others the facts are hidden in text first.
     """
     if not _SHORTEST <= min_tokens <= max_tokens:
         raise DataError(
@@ -198,41 +198,38 @@ def training_documents(
 
 
 def _training_document(haystack: Haystack, length: int, random: np.random.Generator) -> tuple[str, int]:
-    most = min(max(length // (2 * _SHORTEST), 1), _MOST_FACTS)
-    facts = draw_facts(random, int(random.integers(1, most + 1)), held_out=False)
-    asked = random.permutation(len(facts)).tolist()
-    questions = "".join(f"{facts[index].question}{facts[index].answer}." for index in asked)
-    room = length - 1 - len(haystack.encode(questions))
-    quoted = int(random.integers(room // _LARGEST_QUOTATION + 1))
-    mentions = _mentions(haystack, facts, room - quoted, random)
+    facts = draw_facts(random, int(random.integers(1, _MOST_FACTS + 1)), held_out=False)
+    while True:
+        stated = sum(len(haystack.encode(fact.statement)) for fact in facts)
+        room = length - 1 - stated - sum(len(haystack.encode(_exchange(fact))) for fact in facts)
+        if room >= 0 or len(facts) == 1:
+            break
+        facts.pop()
+    asked = [facts[index] for index in random.permutation(len(facts)).tolist()]
+    filling = int(room * random.uniform()) if random.uniform() < _HIDDEN_SHARE else 0
+    for index in random.integers(len(facts), size=length).tolist():
+        question = len(haystack.encode(_exchange(facts[index])))
+        if question > room - filling:
+            break
+        room -= question
+        asked.append(facts[index])
+    questions = "".join(map(_exchange, asked))
     # Text cut out of a corpus may need a token more when it is tokenized again: then there is less of it.
     state = random.bit_generator.state
-    while True:
+    while room >= 0:
         random.bit_generator.state = state
-        hidden = haystack.hide(room - quoted, mentions, random)
-        start = int(random.integers(max(len(hidden) - quoted, 0) + 1))
-        whole = [*hidden, *hidden[start : start + quoted]]
-        text = haystack.tokenizer.decode(whole, skip_special_tokens=False) + questions
-        excess = len(haystack.encode(text)) + 1 - length
-        if excess <= 0:
-            return text, length + excess
-        if room <= 0:
-            raise DataError(
-                f"{length} tokens do not hold {len(facts)} fact(s) and as many questions in this tokenizer's tokens. "
-                "Let the shortest documents be longer."
-            )
-        room -= excess
+        depths = random.uniform(size=len(facts)).tolist()
+        hidden = haystack.hide(stated + min(filling, room), list(zip(facts, depths, strict=True)), random)
+        text = haystack.tokenizer.decode(hidden, skip_special_tokens=False) + questions
+        tokens = len(haystack.encode(text)) + 1
+        if tokens <= length:
+            return text, tokens
+        room = min(filling, room) - (tokens - length)
+    raise DataError(
+        f"{length} tokens do not hold {len(facts)} fact(s) and as many questions in this tokenizer's tokens. "
+        "Let the shortest documents be longer."
+    )
 
 
-def _mentions(
-    haystack: Haystack, facts: Sequence[Fact], room: int, random: np.random.Generator
-) -> list[tuple[Fact, float]]:
-    """(fact, depth) of every statement: each fact once, and more often while half the room is left for other text."""
-    mentions = [(fact, float(random.uniform())) for fact in facts]
-    left = room // 2 - sum(len(haystack.encode(fact.statement)) for fact in facts)
-    for fact in facts:
-        for _ in range(int(random.integers(_MOST_MENTIONS))):
-            left -= len(haystack.encode(fact.statement))
-            if left >= 0:
-                mentions.append((fact, float(random.uniform())))
-    return mentions
+def _exchange(fact: Fact) -> str:
+    return f"{fact.question}{fact.answer}."
