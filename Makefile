@@ -13,7 +13,7 @@ installed := .venv/installed
 help:
 	@echo 'make demo        train a small model through all stages, show what it learned (runs/demo/)'
 	@echo 'make demo-quick  the same with few tokens: all of it at work, little learned'
-	@echo 'make needle      find facts in long text before and after stage 3 (about 25 minutes; docs/needle.md)'
+	@echo 'make needle      find facts in long text before and after stage 3 (about 40 minutes; docs/needle.md)'
 	@echo 'make demo-data   prepare the corpora of the demo and nothing else (data/small/)'
 	@echo 'make clean-demo  forget the demo: the next one starts over'
 	@echo 'make test        lint, types, then every test'
