@@ -30,8 +30,8 @@ def test_nothing_asks_for_the_time_of_day() -> None:
 
 
 def run_under_jumps(config: RunConfig) -> int:
-    """Every question for the time of day is answered with a day more, or two days less, than the one before."""
-    now, jumps, asked = time.time(), itertools.cycle((86_400.0, -172_800.0)), 0
+    """Every question for the time of day is answered with two days more, or a day less, than the one before."""
+    now, jumps, asked = time.time(), itertools.cycle((172_800.0, -86_400.0)), 0
 
     def jumping() -> float:
         nonlocal now, asked
