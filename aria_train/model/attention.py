@@ -25,7 +25,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_leng
     sizes = [count * length for count, length in runs]
     parts = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
     attended = [_equals(q.unflatten(0, r), k.unflatten(0, r), v.unflatten(0, r), causal) for r, q, k, v in parts]
-    return torch.cat(attended)
+    return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
