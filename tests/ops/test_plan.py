@@ -242,9 +242,9 @@ def test_memory_is_as_planned(name: str, folder: Path, measured: dict[str, list[
         # The same by the allocator's account: what came since the step began.
         assert plan.computing_weights + plan.gradients == pytest.approx(held["weights and gradients"], rel=0.05)
     assert plan.activations == pytest.approx(held["activations"], rel=0.15)
-    assert plan.peak - (plan.computing_weights + plan.gradients + plan.state) == pytest.approx(
-        held["at most"], rel=0.15
-    )
+    # Whether buffers of two collectives exist at once is for the threads that run them to say: a peak may stay lower.
+    peak = plan.peak - (plan.computing_weights + plan.gradients + plan.state)
+    assert held["at most"] / 1.15 <= peak <= held["at most"] * 1.3
 
 
 KINDS = {
