@@ -95,7 +95,7 @@ def forget(paths: Iterable[Path]) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run, after one that warmed up unless the first took long."""
+    """Of one run, after one that warmed up."""
 
     seconds: float
     bytes: int
@@ -111,7 +111,7 @@ def peak_memory(build: Callable[..., Run], *arguments: Any, threads: int) -> int
 
 
 def cost_of(build: Callable[..., Run], *arguments: Any, threads: int) -> Cost:
-    """`build(*arguments)` is called, and what it returns twice (once, if that is long), in a process of its own."""
+    """`build(*arguments)` is called, and what it returns twice, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_measure_cost, args=(theirs, threads, build, arguments))
@@ -123,16 +123,12 @@ def cost_of(build: Callable[..., Run], *arguments: Any, threads: int) -> Cost:
         process.join()
 
 
-_LONG = 30.0
-
-
 def _measure_cost(pipe: Any, threads: int, build: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(threads)
     baseline = _status("VmRSS")
     run = build(*arguments)
+    run()  # also for the memory: an optimizer's moments come with its first step
     seconds = seconds_of(run)
-    if seconds < _LONG:  # otherwise what warming up costs is lost in it
-        seconds = seconds_of(run)
     pipe.send((seconds, _status("VmHWM") - baseline))
 
 
