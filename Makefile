@@ -71,7 +71,7 @@ lint: $(installed)
 
 bench: $(installed)
 	@$(venv_python) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	@$(venv_python) -m demo.images
+	@$(venv_python) -m demo.corpora
 	@$(venv_python) -m benchmarks.run
 
 bench-gpu: $(installed)

@@ -31,10 +31,10 @@ from aria_train.config import ModelConfig, load_config
 from aria_train.model import AriaModel
 from aria_train.model.vision import images_to_batch
 from benchmarks.measure import Cost, Run, cost_of
+from benchmarks.page import fill
 
 PICTURES = Path("docs/images")
 PAGE = Path("docs/performance.md")
-BEGIN, END = "<!-- growth -->", "<!-- end of growth -->"
 SMALL = "configs/small/stage2_mm.yaml"
 
 
@@ -93,9 +93,7 @@ def write_page(found: dict[str, list[Point]], threads: int, load: float) -> None
         )
     pictures = "\n".join(f"![{LABELS[name]}](images/growth_{name}.svg)" for name in found)
     on = f"{os.cpu_count()} cores, {threads} threads, torch {torch.__version__}, {load:.1f} other processes at work."
-    page = PAGE.read_text()
-    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{on}\n\n" + "\n".join(lines) + f"\n\n{pictures}\n\n{END}{after}")
+    fill(PAGE, "growth", "\n\n".join([on, "\n".join(lines), pictures]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

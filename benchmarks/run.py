@@ -14,11 +14,11 @@ import torch
 
 from benchmarks import data, moe_layer, pieces, ranks, startup, storage, table, training_step, vision
 from benchmarks.measure import gemm_ceiling
+from benchmarks.page import fill
 from benchmarks.table import Row
 
 RESULTS = Path("benchmarks/results.json")
 PAGE = Path("docs/performance.md")
-BEGIN, END = "<!-- table of make bench -->", "<!-- end of the table -->"
 
 Suite = Callable[[int, dict[str, float]], list[Row]]
 SUITES: dict[str, Suite] = {
@@ -61,10 +61,8 @@ def main() -> None:
 
 def write_page(rows: list[Row], facts: dict[str, object]) -> None:
     """Puts the table into its place in the documentation."""
-    page = PAGE.read_text()
-    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
     on = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())
-    PAGE.write_text(f"{before}{BEGIN}\n\n{on}\n\n{table.markdown(rows)}\n\n{END}{after}")
+    fill(PAGE, "table of make bench", f"{on}\n\n{table.markdown(rows)}")
 
 
 if __name__ == "__main__":

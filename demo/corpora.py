@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from demo import images, instructions, text
-from demo.shell import aria_train, run_script
+from demo.shell import aria_train_together, run_script
 
 NEEDLES, SHORT_NEEDLES = text.DATA / "needles", text.DATA / "needles_short"
 
 
 def prepare() -> None:
-    """Text, images, facts hidden in text, and instructions."""
-    images.prepare()
-    _prepare_needles(NEEDLES, 4000, 64, 1024)
-    instructions.prepare()
+    """Text, images, facts hidden in text, and instructions. Images are drawn while the text is tokenized."""
+    changed = text.gather()
+    with ThreadPoolExecutor(1) as pool:
+        drawing = pool.submit(_draw)
+        text.prepare(changed)
+        made = drawing.result()
+    if made:
+        print(f"\nImages with text in {images.RAW}: {', '.join(made)}", flush=True)
+    # The longest first.
+    needles = _needles(NEEDLES, 4000, 64, 1024)
+    aria_train_together([*needles, *images.jobs(made), *instructions.jobs(made)])
 
 
 def prepare_short_needles() -> None:
     """Facts in documents of at most half a window of the first stages, which only `make needle` trains on."""
-    _prepare_needles(SHORT_NEEDLES, 30_000, 96, 128)
+    aria_train_together(_needles(SHORT_NEEDLES, 30_000, 96, 128))
 
 
-def _prepare_needles(corpus: Path, documents: int, shortest: int, longest: int) -> None:
+def _draw() -> list[str]:
+    return [*images.make_all(text.SOURCES, images.RAW), *instructions.make(images.RAW)]
+
+
+def _needles(corpus: Path, documents: int, shortest: int, longest: int) -> list[list[list[str]]]:
     if all(corpus.with_suffix(suffix).exists() for suffix in (".idx", ".bin")):
-        return
+        return []
     lines = images.RAW / f"{corpus.name}.jsonl"
     options = [f"--documents={documents}", f"--min-tokens={shortest}", f"--max-tokens={longest}"]
     tokenizer = f"--tokenizer={text.TOKENIZER}"
-    aria_train("data", "needles", str(lines), str(text.CORPUS), tokenizer, *options)
-    aria_train("data", "prepare", str(corpus), str(lines), tokenizer, "--overwrite")
+    write = ["data", "needles", str(lines), str(text.CORPUS), tokenizer, *options]
+    return [[write, ["data", "prepare", str(corpus), str(lines), tokenizer, "--overwrite"]]]
 
 
 if __name__ == "__main__":

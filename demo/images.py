@@ -1,8 +1,7 @@
 """Real images with text, made on this machine: handwritten digits, pages of text, charts, and documents with pictures.
 
-`python -m demo.images` writes them as JSON lines beside PNG files under `data/small/raw/`, in the formats that
-`aria-train data prepare` takes, and prepares the corpora that the multimodal stages of `configs/small/` read. The same
-seed makes the same files.
+They are written as JSON lines beside PNG files under `data/small/raw/`, in the formats that `aria-train data prepare`
+takes for the corpora that the multimodal stages of `configs/small/` read. The same seed makes the same files.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import json
 import random
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
 from demo import text
-from demo.shell import aria_train, run_script
 
 RAW = text.DATA / "raw"
 MODEL_CONFIG = Path("configs/small/stage2_mm.yaml")
@@ -263,22 +261,17 @@ FORMATS = {"captions": "captions", "interleaved": "interleaved"}
 HOLDOUT_FRACTION = 0.05
 
 
-def prepare() -> None:
-    """Makes whatever of the images and their corpora is not there yet."""
-    text.prepare()
-    made = make_all(text.SOURCES, RAW)
-    if made:
-        counts = ", ".join(f"{count:,} {name}" for name, count in made.items())
-        print(f"\nImages with text in {RAW}: {counts}", flush=True)
+def jobs(made: Collection[str]) -> list[list[list[str]]]:
+    """What prepares the corpora that are not there yet, or whose images were just `made`."""
+    found = []
     for name in ("digits", "digits_validation", "captions", "interleaved", "pages", "charts"):
-        corpus = text.DATA / name
-        if name in made or not corpus.exists():
-            options = [f"--format={FORMATS.get(name, 'chat')}", f"--tokenizer={text.TOKENIZER}"]
-            options += [f"--model-config={MODEL_CONFIG}", "--overwrite"]
-            if not name.startswith("digits"):
-                options.append(f"--holdout-fraction={HOLDOUT_FRACTION}")
-            aria_train("data", "prepare", str(corpus), str(RAW / name / "samples.jsonl"), *options)
+        if name in made or not (text.DATA / name).exists():
+            held_out = [] if name.startswith("digits") else [f"--holdout-fraction={HOLDOUT_FRACTION}"]
+            found.append([prepare_command(name, FORMATS.get(name, "chat"), *held_out)])
+    return found
 
 
-if __name__ == "__main__":
-    run_script(prepare)
+def prepare_command(name: str, kind: str, *options: str) -> list[str]:
+    """`data prepare` of the samples of that name."""
+    fixed = [f"--format={kind}", f"--tokenizer={text.TOKENIZER}", f"--model-config={MODEL_CONFIG}", "--overwrite"]
+    return ["data", "prepare", str(text.DATA / name), str(RAW / name / "samples.jsonl"), *fixed, *options]

@@ -1,17 +1,17 @@
 """What the last stage teaches: to do as asked about an image, and not just to name it.
 
-`python -m demo.instructions` writes questions about handwritten digits that no earlier stage asks, in the format that
-`aria-train data prepare` takes, and prepares the corpora of `configs/small/stage4_post.yaml`.
+Questions about handwritten digits that no earlier stage asks, in the format that `aria-train data prepare` takes for
+the corpora of `configs/small/stage4_post.yaml`.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 
 from demo import images, text
-from demo.shell import aria_train, run_script
 
 TRAINING, HELD_OUT = "instructions", "instructions_validation"
 COUNT = 2400
@@ -37,21 +37,20 @@ def held_out_instructions(digits: images.Digits) -> Iterator[images.Sample]:
         yield [digits.draw(index)], images.chat(question, answer(digits.values[index]), "instructions")
 
 
-def prepare() -> None:
-    """Makes whatever is not there yet."""
+def make(folder: Path) -> list[str]:
+    """Writes the samples that are not there yet below `folder`; returns their names."""
     digits = images.Digits()
-    made = {
+    kinds = {
         TRAINING: lambda: itertools.islice(instructions(digits, random.Random(images.SEED)), COUNT),
         HELD_OUT: lambda: held_out_instructions(digits),
     }
-    for name, samples in made.items():
-        corpus = text.DATA / name
-        if not corpus.exists():
-            images.write(samples(), images.RAW / name)
-            options = [f"--tokenizer={text.TOKENIZER}", f"--model-config={images.MODEL_CONFIG}", "--overwrite"]
-            source = str(images.RAW / name / "samples.jsonl")
-            aria_train("data", "prepare", str(corpus), source, "--format=chat", *options)
+    missing = [name for name in kinds if not (folder / name).exists()]
+    for name in missing:
+        images.write(kinds[name](), folder / name)
+    return missing
 
 
-if __name__ == "__main__":
-    run_script(prepare)
+def jobs(made: Collection[str]) -> list[list[list[str]]]:
+    """What prepares the corpora that are not there yet, or whose samples were just `made`."""
+    names = (name for name in (TRAINING, HELD_OUT) if name in made or not (text.DATA / name).exists())
+    return [[images.prepare_command(name, "chat")] for name in names]

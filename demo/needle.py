@@ -16,8 +16,8 @@ from typing import Any
 from aria_train.config import load_config
 from aria_train.stages.plan import short
 from aria_train.train.metrics import read_metrics
+from benchmarks.page import fill
 from demo import corpora, text
-from demo.run import write_atomically
 from demo.shell import evaluate, run_script, torchrun
 
 ROOT = Path("runs/needle")
@@ -26,7 +26,6 @@ CONFIGS = [f"configs/needle/{name}.yaml" for name in STAGES]
 SAME_BASE = "stage3_same_base"
 PROCESSES = 2
 PAGE, PICTURES = Path("docs/needle.md"), Path("docs/needle")
-BEGIN, END = "<!-- figures of make needle -->", "<!-- end of the figures -->"
 LENGTHS = (128, 256, 384, 512, 640, 768, 896, 1024)
 DEPTHS, TRIALS = 11, 3
 
@@ -61,9 +60,7 @@ def find_needles(run_dir: Path) -> dict[str, Any]:
 
 def write_page(results: dict[str, dict[str, Any]]) -> None:
     """Puts table and pictures into their place in the documentation."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-    write_atomically(PAGE, f"{before}{BEGIN}\n\n{figures(results)}\n\n{END}{after}")
+    fill(PAGE, "figures of make needle", figures(results))
 
 
 def figures(results: dict[str, dict[str, Any]]) -> str:

@@ -7,7 +7,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,23 @@ def aria_train(*arguments: str) -> None:
     """Runs `aria-train ARGUMENTS`."""
     show("aria-train", *arguments)
     execute([sys.executable, "-m", "aria_train", *arguments])
+
+
+def aria_train_together(jobs: Iterable[Sequence[Sequence[str]]]) -> None:
+    """Runs jobs, each a few `aria-train ARGUMENTS` in turn, as many at once as there are cores. A command is shown,
+    with what it said, when it has ended. Raises DemoError when all have ended if one failed."""
+
+    def run(job: Sequence[Sequence[str]]) -> None:
+        for arguments in job:
+            command = [sys.executable, "-m", "aria_train", *arguments]
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            print(f"\n$ {shlex.join(['aria-train', *arguments])}\n{done.stdout.rstrip()}", flush=True)
+            if done.returncode:
+                raise DemoError(_FAILED.format(done.returncode))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for future in [pool.submit(run, job) for job in jobs]:
+            future.result()
 
 
 def evaluate(*arguments: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Real text that every machine with Python has: the standard library's own sources, comments and docstrings.
 
-`python -m demo.text` writes them as JSON lines, trains a small tokenizer on them, and prepares the corpus that
-`configs/small/` reads, holding some documents out, all under `data/small/`.
+They are written as JSON lines, a small tokenizer is trained on them, and the corpus that `configs/small/` reads is
+prepared, with some documents held out, all under `data/small/`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from demo.shell import DemoError, aria_train, run_script
+from demo.shell import DemoError, aria_train
 
 DATA = Path("data/small")
 SOURCES = DATA / "raw" / "python.jsonl"
@@ -63,13 +63,18 @@ def write_sources(folder: Path, output: Path) -> tuple[int, int]:
     return count, size
 
 
-def prepare() -> None:
-    """Makes whatever of the text data is not there yet. What a later part was made from is made before it."""
-    changed = not SOURCES.exists()
-    if changed:
-        folder = Path(sysconfig.get_path("stdlib"))
-        count, size = write_sources(folder, SOURCES)
-        print(f"{count:,} files, {size / 1e6:.1f} million characters of Python from {folder} -> {SOURCES}", flush=True)
+def gather() -> bool:
+    """Writes the sources, unless they are there; returns whether they were not."""
+    if SOURCES.exists():
+        return False
+    folder = Path(sysconfig.get_path("stdlib"))
+    count, size = write_sources(folder, SOURCES)
+    print(f"{count:,} files, {size / 1e6:.1f} million characters of Python from {folder} -> {SOURCES}", flush=True)
+    return True
+
+
+def prepare(changed: bool) -> None:
+    """Makes tokenizer and corpora where they are not there yet, or are those of other sources (`changed`)."""
     if changed or not (TOKENIZER / "tokenizer.json").exists():
         changed = True
         size_option = f"--vocab-size={VOCABULARY}"
@@ -78,7 +83,3 @@ def prepare() -> None:
     if changed or not all(path.exists() for path in pairs):
         options = [f"--tokenizer={TOKENIZER}", f"--holdout-fraction={HOLDOUT_FRACTION}", "--overwrite"]
         aria_train("data", "prepare", str(CORPUS), str(SOURCES), *options)
-
-
-if __name__ == "__main__":
-    run_script(prepare)

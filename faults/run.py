@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import save_stall
+from benchmarks.page import fill
 from faults import scenarios
 from faults.clock import clock_jumps
 from faults.kills import killed_at_random
@@ -27,7 +28,6 @@ from faults.scenarios import STEPS, Bench
 
 RESULTS = Path("faults/results.json")
 PAGE = Path("docs/reliability.md")
-BEGIN, END = "<!-- written by make faults -->", "<!-- end of what make faults writes -->"
 STALL = "save_stall"
 SCENARIOS = [*scenarios.SCENARIOS, clock_jumps, killed_at_random]
 
@@ -70,7 +70,7 @@ def _keep(name: str, result: dict[str, Any]) -> None:
 def write_page(order: list[str]) -> None:
     """Puts what is known into its place in the page."""
     results = json.loads(RESULTS.read_text())
-    text = [BEGIN, "| fault | how injected | times tried | what was lost |", "|---|---|---:|---|"]
+    text = ["| fault | how injected | times tried | what was lost |", "|---|---|---:|---|"]
     for name in order:
         if row := results.get(name):
             text.append(f"| {row['fault']} | {row['injected']} | {row['tried']} | {row['lost']} |")
@@ -86,9 +86,7 @@ def write_page(order: list[str]) -> None:
             "machine's cores, memory and disk with the writing; with what that costs them, it is "
             f"{lost[0]:.2f} s against {lost[1]:.2f} s.",
         ]
-    page = PAGE.read_text(encoding="utf-8")
-    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-    PAGE.write_text(before + "\n".join([*text, END]) + after, encoding="utf-8")
+    fill(PAGE, "what make faults found", "\n".join(text))
 
 
 if __name__ == "__main__":

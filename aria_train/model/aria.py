@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from aria_train.batch import IGNORE_LABEL, ImageBatch, MicroBatch
 from aria_train.config import ModelConfig, Part
@@ -74,8 +73,7 @@ class AriaModel(nn.Module):
     def forward(self, batch: MicroBatch) -> AriaOutput:
         """Next-token loss of a micro-batch."""
         hidden_TH, router = self.hidden_states(batch)
-        with record_function("part: head"):
-            loss_sum, token_losses_N = self.loss(hidden_TH, batch)
+        loss_sum, token_losses_N = self.loss(hidden_TH, batch)
         return AriaOutput(loss_sum, token_losses_N, router)
 
     def set_recompute(self, recompute: Recompute) -> None:

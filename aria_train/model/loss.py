@@ -27,10 +27,10 @@ def linear_cross_entropy(x_NH: Tensor, weight_VH: Tensor, labels_N: Tensor) -> t
     x [N, H] and weight [V, H] in fp32 or bf16, labels int64 [N] in [0, V). Returns the sum over positions (float32
     scalar, differentiable) and the loss of each position (float32 [N], for reports only).
     """
-    return _LinearCrossEntropy.apply(x_NH, weight_VH, labels_N, torch.is_grad_enabled())
+    return LinearCrossEntropy.apply(x_NH, weight_VH, labels_N, torch.is_grad_enabled())
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
         losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)

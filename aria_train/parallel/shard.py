@@ -4,6 +4,8 @@ ZeRO-1 through FSDP2: parameters are gathered once per optimizer step and stay w
 gradients accumulate locally in float32 and are reduce-scattered once, in the last micro-batch's backward pass. Master
 weights and optimizer state live in float32 shards.
 
+A group of one rank has nothing to gather: where it computes in float32, it does so with the master weights themselves.
+
 Gradients are plain sums over ranks, for dense and expert parameters alike, because the loss each rank differentiates
 is already divided by totals of the global batch. So no factor depends on the layout.
 """
@@ -21,41 +23,47 @@ from torch.distributed.tensor import DTensor, Shard
 from aria_train.model import AriaModel
 from aria_train.model.decoder import DecoderLayer
 from aria_train.moe.dispatch import AllToAllDispatcher
+from aria_train.parallel.gloo import exchange_pairwise
 from aria_train.parallel.mesh import Meshes
 
 
 def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
     """Spreads a model (on the meta device) over the meshes; afterwards `to_empty` and initialise or load it.
 
-    Each `fully_shard` is one all-gather and one reduce-scatter per optimizer step.
+    Each `shard` is one all-gather and one reduce-scatter per optimizer step.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    dense: dict[str, Any] = {"mesh": meshes.dense_data, "mp_policy": policy, "reshard_after_forward": False}
+    own_experts: set[nn.Parameter] = set()
+
+    def shard(module: nn.Module, mesh: DeviceMesh = meshes.dense_data, **options: Any) -> None:
+        if mesh.size() > 1 or precision == "bf16":
+            options |= {"mp_policy": policy, "reshard_after_forward": False, "ignored_params": own_experts}
+            fully_shard(module, mesh=mesh, **options)
+
     for layer in cast("list[DecoderLayer]", list(model.layers)):
         spread_experts(layer, meshes.expert)
-        fully_shard(
-            layer.moe.experts,
-            mesh=meshes.expert_data,
-            mp_policy=policy,
-            reshard_after_forward=False,
-            shard_placement_fn=lambda p: expert_shard(p, meshes.expert_data.size(-1)),
-        )
-        fully_shard(layer, **dense)
+        experts = layer.moe.experts
+        shard(experts, meshes.expert_data, shard_placement_fn=lambda p: expert_shard(p, meshes.expert_data.size(-1)))
+        if not isinstance(experts, FSDPModule):
+            own_experts.update(experts.parameters())
+        shard(layer)
     if model.vision is not None and model.projector is not None:
         for block in model.vision.layers:
-            fully_shard(block, **dense)
-        fully_shard(model.vision, **dense)
-        fully_shard(model.projector, **dense)
-    fully_shard(model, **dense)
-    for method in ("logits", "target_logits"):
-        register_fsdp_forward_method(model, method)
+            shard(block)
+        shard(model.vision)
+        shard(model.projector)
+    shard(model)
+    if isinstance(model, FSDPModule):
+        for method in ("logits", "target_logits"):
+            register_fsdp_forward_method(model, method)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        exchange_pairwise(module)
     return model
 
 
@@ -79,10 +87,10 @@ def expert_shard(parameter: nn.Parameter, num_ranks: int) -> Shard:
 
 def set_last_micro_batch(model: nn.Module, is_last: bool) -> None:
     """Before the last micro-batch of a step: its backward pass reduces the gradients and lets the parameters go."""
-    root = cast(FSDPModule, model)
-    root.set_requires_gradient_sync(is_last)
-    root.set_reshard_after_backward(is_last)
-    root.set_is_last_backward(is_last)
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+        model.set_reshard_after_backward(is_last)
+        model.set_is_last_backward(is_last)
 
 
 def release_parameters(model: nn.Module) -> None:

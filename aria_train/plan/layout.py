@@ -73,6 +73,10 @@ class Layout:
         """Ranks that the parameter's state is sharded over, given its expert ranks."""
         return self.zero if parameter.is_expert else self.group
 
+    def is_copied(self, parameter: Parameter, config: RunConfig) -> bool:
+        """Whether a rank computes with another tensor than the master weight that it holds."""
+        return self.ranks_of(parameter) * self.replicas > 1 or config.train.precision == "bf16"
+
     def whole(self, parameter: Parameter) -> tuple[int, ...]:
         """The shape a rank computes with."""
         if parameter.is_expert:

@@ -1,7 +1,7 @@
 """Bytes on the rank that holds most, by part, at the moment when most is held.
 
 Weights lie there twice over a step: the float32 shard that the optimizer moves, and the whole in the type that is
-computed in. Gradients are summed up whole over the micro-batches, in float32; the last one's backward pass turns them
+computed in (one rank that computes in float32 has them once). Gradients are summed up whole over the micro-batches, in float32; the last one's backward pass turns them
 into shards, unit by unit.
 """
 
@@ -72,10 +72,12 @@ def memory(config: RunConfig, parameters: list[Parameter], layout: Layout, activ
     compute = bytes_per_weight(config)
     whole = sum(math.prod(layout.whole(p)) for p in moving)
     shards = sum(layout.shard(p) for p in moving)
-    largest = max(sum(layout.gathered(p) for p in unit) for unit in units_of(moving).values())
+    copied = [p for p in parameters if layout.is_copied(p, config)]
+    units = units_of(p for p in moving if layout.is_copied(p, config)).values()
+    largest = max((sum(layout.gathered(p) for p in unit) for unit in units), default=0)
     return Memory(
         master_weights=4 * sum(layout.shard(p) for p in parameters),
-        computing_weights=compute * sum(layout.gathered(p) for p in parameters),
+        computing_weights=compute * sum(layout.gathered(p) for p in copied),
         gradients=4 * (whole if micro_batches > 1 else shards),
         reducing=(compute + 4) * largest,
         optimizer=8 * shards,

@@ -22,6 +22,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from aria_train.model.decoder import Attention, RMSNorm
+from aria_train.model.loss import LinearCrossEntropy
 from aria_train.model.projector import Projector
 from aria_train.model.vision import VisionEncoder
 from aria_train.moe.experts import GroupedExperts, SharedExpert
@@ -42,6 +43,8 @@ _PARTS: dict[type[nn.Module], str] = {
     VisionEncoder: "vision encoder",
     Projector: "projector",
 }
+_OPERATORS = {LinearCrossEntropy.__name__: "head"}
+"""Parts that are no module, by the operator that does their work."""
 _RANGE = "part: "
 _COLLECTIVES = re.compile(r"^(c10d::|_c10d_functional|gloo:|nccl:|record_param_comms|FSDP::)|RegisterPostBackward")
 """What communicates, and the copies that FSDP makes around it."""
@@ -162,7 +165,9 @@ def _is_backward(event: FunctionEvent) -> bool:
 
 
 def _forward_part(event: FunctionEvent) -> str | None:
-    return next((outer.name.removeprefix(_RANGE) for outer in _ancestors(event) if outer.name.startswith(_RANGE)), None)
+    names = [outer.name for outer in _ancestors(event)]
+    found = (_OPERATORS.get(n) or (n.removeprefix(_RANGE) if n.startswith(_RANGE) else None) for n in names)
+    return next((part for part in found if part is not None), None)
 
 
 def _place(event: FunctionEvent, parts: Parts) -> tuple[str, bool]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from aria_train.config import RunConfig
+from aria_train.moe.experts import local
 from aria_train.parallel.shard import expert_shard
 from tests.distributed import run_distributed
 from tests.tiny import read_steps, tiny_config, unequal_corpora, with_values
@@ -23,7 +24,7 @@ def train(config: RunConfig) -> list[tuple[str, tuple[int, ...]]]:
     trainer = Trainer(config)
     trainer.run()
     parameters = trainer.state.model.named_parameters()
-    return [(name, tuple(p.to_local().shape)) for name, p in parameters if ".experts." in name]
+    return [(name, tuple(local(p).shape)) for name, p in parameters if ".experts." in name]
 
 
 @pytest.fixture(scope="module")

@@ -198,13 +198,7 @@ def training_documents(
 
 
 def _training_document(haystack: Haystack, length: int, random: np.random.Generator) -> tuple[str, int]:
-    facts = draw_facts(random, int(random.integers(1, _MOST_FACTS + 1)), held_out=False)
-    while True:
-        stated = sum(len(haystack.encode(fact.statement)) for fact in facts)
-        room = length - 1 - stated - sum(len(haystack.encode(_exchange(fact))) for fact in facts)
-        if room >= 0 or len(facts) == 1:
-            break
-        facts.pop()
+    facts, stated, room = _facts_that_fit(haystack, length, random)
     asked = [facts[index] for index in random.permutation(len(facts)).tolist()]
     filling = int(room * random.uniform()) if random.uniform() < _HIDDEN_SHARE else 0
     for index in random.integers(len(facts), size=length).tolist():
@@ -229,6 +223,18 @@ def _training_document(haystack: Haystack, length: int, random: np.random.Genera
         f"{length} tokens do not hold {len(facts)} fact(s) and as many questions in this tokenizer's tokens. "
         "Let the shortest documents be longer."
     )
+
+
+def _facts_that_fit(haystack: Haystack, length: int, random: np.random.Generator) -> tuple[list[Fact], int, int]:
+    """One fact or more; the tokens of their statements; the tokens left once each is asked for (one alone may need more
+    than there are)."""
+    facts = draw_facts(random, int(random.integers(1, _MOST_FACTS + 1)), held_out=False)
+    while True:
+        stated = sum(len(haystack.encode(fact.statement)) for fact in facts)
+        room = length - 1 - stated - sum(len(haystack.encode(_exchange(fact))) for fact in facts)
+        if room >= 0 or len(facts) == 1:
+            return facts, stated, room
+        facts.pop()
 
 
 def _exchange(fact: Fact) -> str:

@@ -1,0 +1,77 @@
+"""All-gather and reduce-scatter over gloo, as exchanges between pairs of ranks.
+
+Gloo has no reduce-scatter: torch makes one of an all-reduce, which moves twice as much and copies its input first. Its
+all-gather takes two copies more. For messages of some MiB between two ranks, these take a third to a half of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+
+def exchange_pairwise(module: FSDPModule) -> None:
+    """Lets a sharded module communicate this way, where ranks speak over gloo."""
+    if dist.get_backend() == "gloo":
+        module.set_custom_all_gather(cast(Any, PairwiseAllGather()))
+        module.set_custom_reduce_scatter(cast(Any, PairwiseReduceScatter()))
+
+
+class _Message:
+    """What FSDP2's own communications have in common; it does not publish their type."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class PairwiseAllGather(_Message):
+    """[n] of each of R ranks, in its place of the output -> [R * n] on all, in order of rank."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        assert not async_op
+        parts = output_tensor.view(group.size(), -1)
+        works = [
+            work
+            for distance in range(1, group.size())
+            for work in _exchange(group, distance, [input_tensor] * group.size(), parts[group.rank() - distance])
+        ]
+        for work in works:
+            work.wait()
+
+
+class PairwiseReduceScatter(_Message):
+    """[R * n] of each of R ranks -> [n], the sum over ranks of this rank's part."""
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        assert op == dist.ReduceOp.SUM
+        assert not async_op
+        parts = input_tensor.view(group.size(), -1)
+        total, received = parts[group.rank()], torch.empty_like(output_tensor)
+        for distance in range(1, group.size()):
+            for work in _exchange(group, distance, parts, received):
+                work.wait()
+            total = torch.add(total, received, out=output_tensor)
+        if total is not output_tensor:
+            output_tensor.copy_(total)
+
+
+def _exchange(
+    group: dist.ProcessGroup, distance: int, parts: Sequence[Tensor] | Tensor, received: Tensor
+) -> list[dist.Work]:
+    """Starts to send the rank so far ahead its part, and to receive from the one as far behind."""
+    to, source = (group.rank() + distance) % group.size(), (group.rank() - distance) % group.size()
+    return [group.recv([received], source, 0), group.send([parts[to]], to, 0)]
