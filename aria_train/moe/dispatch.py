@@ -1,9 +1,10 @@
 """Moves tokens to their experts and back, dropless.
 
-`dispatch` lays the chosen (token, expert) pairs out as rows sorted by expert; `combine` brings the experts' outputs
-home and sums them with the router's weights. With expert parallelism the sorted rows move by one all-to-all each way.
-Every permutation is a bijection whose inverse is known, so forward and backward are gathers: no scatter-add, and
-therefore the same result every time.
+`dispatch` lays the chosen (token, expert) pairs out as rows sorted by expert, `receive` gives them to the local
+experts, `combine` brings the experts' outputs home and sums them with the router's weights. With expert parallelism the
+sorted rows move by one all-to-all each way; what is computed between `dispatch` and `receive` hides the first, forward
+and backward. Every permutation is a bijection whose inverse is known, so forward and backward are gathers: no
+scatter-add, and therefore the same result every time.
 
 Shape legend: T tokens, H hidden, E experts, K experts per token, R = T * K rows here, S rows received.
 """
@@ -11,12 +12,11 @@ Shape legend: T tokens, H hidden, E experts, K experts per token, R = T * K rows
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from aria_train import kernels
 from aria_train.kernels import routing
@@ -24,19 +24,18 @@ from aria_train.kernels import routing
 
 @dataclass
 class Dispatched:
-    """Rows for the local experts, and the way back."""
+    """Rows for the local experts, perhaps on their way, and the way back."""
 
     rows: Tensor
-    """[S, H], sorted by local expert."""
+    """[R, H], sorted by expert, or what stands for them while they move."""
     offsets: Tensor
-    """int32 [local experts]: end row of each expert's rows."""
+    """int32 [local experts]: end row of each local expert's rows."""
     order: Tensor
     """int64 [R]: which (token, choice) pair each of the rows sent is."""
     home: Tensor
     """int64 [R], its inverse: where each (token, choice) pair stands among the rows sent."""
-    sent: list[int]
-    """Rows sent to each expert rank; empty without expert parallelism."""
-    received: list[int]
+    exchange: Exchange | None = None
+    """None without expert parallelism."""
     arrival: Tensor | None = None
     """int64 [S]: arrival position of each sorted row; None where rows arrive sorted."""
     arrival_inverse: Tensor | None = None
@@ -44,6 +43,8 @@ class Dispatched:
 
 class Dispatcher(Protocol):
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, counts_E: Tensor) -> Dispatched: ...
+
+    def receive(self, dispatched: Dispatched) -> Tensor: ...
 
     def combine(self, rows_SH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor: ...
 
@@ -54,7 +55,11 @@ class LocalDispatcher:
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, counts_E: Tensor) -> Dispatched:
         order_R, home_R = sort_by_expert(experts_TK, counts_E.shape[0])
         rows_RH = _Replicate.apply(x_TH, order_R, home_R, experts_TK.shape[1])
-        return Dispatched(rows_RH, counts_E.cumsum(0).to(torch.int32), order_R, home_R, [], [])
+        return Dispatched(rows_RH, counts_E.cumsum(0).to(torch.int32), order_R, home_R)
+
+    def receive(self, dispatched: Dispatched) -> Tensor:
+        """[S, H], sorted by local expert."""
+        return dispatched.rows
 
     def combine(self, rows_SH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
         return weighted_sum(rows_SH, dispatched, weights_TK)
@@ -68,26 +73,86 @@ class AllToAllDispatcher:
         self.num_ranks = dist.get_world_size(group)
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, counts_E: Tensor) -> Dispatched:
-        order_R, home_R = sort_by_expert(experts_TK, counts_E.shape[0])
-        rows_RH = _Replicate.apply(x_TH, order_R, home_R, experts_TK.shape[1])
-
         # [ranks, local experts]: what we send to each rank, and what each rank sends us. The one wait for the host.
         sending_PE = counts_E.long().view(self.num_ranks, -1)
         receiving_PE = torch.empty_like(sending_PE)
-        dist.all_to_all_single(receiving_PE, sending_PE, group=self.group)
+        counting = dist.all_to_all_single(receiving_PE, sending_PE, group=self.group, async_op=True)
+        order_R, home_R = sort_by_expert(experts_TK, counts_E.shape[0])
+        rows_RH = _Replicate.apply(x_TH, order_R, home_R, experts_TK.shape[1])
+        counting.wait()
         sent, received = torch.stack([sending_PE.sum(1), receiving_PE.sum(1)]).tolist()
 
-        rows_SH = all_to_all_single_autograd(rows_RH, received, sent, self.group)
+        exchange = Exchange(self.group, sent, received)
+        moving_RH = exchange.leave(rows_RH)
         arrival_S = sort_arrivals(receiving_PE, sum(received))
-        arrival_inverse_S = _inverse(arrival_S)
-        rows_SH = _Permute.apply(rows_SH, arrival_S, arrival_inverse_S)
         offsets = receiving_PE.sum(0).cumsum(0).to(torch.int32)
-        return Dispatched(rows_SH, offsets, order_R, home_R, sent, received, arrival_S, arrival_inverse_S)
+        return Dispatched(moving_RH, offsets, order_R, home_R, exchange, arrival_S, _inverse(arrival_S))
+
+    def receive(self, dispatched: Dispatched) -> Tensor:
+        """[S, H], sorted by local expert."""
+        assert dispatched.exchange is not None
+        rows_SH = dispatched.exchange.arrive(dispatched.rows)
+        return cast(Tensor, _Permute.apply(rows_SH, dispatched.arrival, dispatched.arrival_inverse))
 
     def combine(self, rows_SH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
+        assert dispatched.exchange is not None
         rows_SH = _Permute.apply(rows_SH, dispatched.arrival_inverse, dispatched.arrival)
-        rows_RH = all_to_all_single_autograd(rows_SH, dispatched.sent, dispatched.received, self.group)
+        back = Exchange(self.group, dispatched.exchange.received, dispatched.exchange.sent)
+        rows_RH = back.arrive(back.leave(rows_SH))
         return weighted_sum(rows_RH, dispatched, weights_TK)
+
+
+@dataclass
+class Exchange:
+    """One all-to-all of rows, and of their gradients the other way round, each in two steps: what stands in the code
+    between `leave` and `arrive` runs while rows move, and its backward pass while gradients do."""
+
+    group: dist.ProcessGroup
+    sent: list[int]
+    """Rows that go to each rank."""
+    received: list[int]
+    """Rows that come from each rank."""
+    moving: Tensor | None = None
+
+    def leave(self, rows_RH: Tensor) -> Tensor:
+        """Sends rows [R, H] off. Returns what stands for them until `arrive`."""
+        return cast(Tensor, _Leave.apply(rows_RH, self))
+
+    def arrive(self, standing_RH: Tensor) -> Tensor:
+        """Waits for the rows that came instead: [S, H], ordered by the rank that sent them."""
+        return cast(Tensor, _Arrive.apply(standing_RH, self))
+
+    def start(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """The operator that selective recomputation knows. What it returns is there after `wait`."""
+        name = self.group.group_name
+        return cast(Tensor, torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), received, sent, name))
+
+    @staticmethod
+    def wait(rows: Tensor) -> Tensor:
+        return cast(Tensor, torch.ops._c10d_functional.wait_tensor(rows))
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RH: Tensor, exchange: Exchange) -> Tensor:
+        exchange.moving = exchange.start(rows_RH, exchange.sent, exchange.received)
+        return rows_RH.new_empty(()).expand(rows_RH.shape)  # of the gradient's shape, and no memory
+
+    @staticmethod
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
+        return Exchange.wait(grad_RH), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, standing_RH: Tensor, exchange: Exchange) -> Tensor:
+        assert exchange.moving is not None
+        rows_SH, exchange.moving, ctx.exchange = Exchange.wait(exchange.moving), None, exchange
+        return rows_SH
+
+    @staticmethod
+    def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.start(grad_SH, ctx.exchange.received, ctx.exchange.sent), None
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """The mixture-of-experts layer.
 
 1. The router picks K experts per token, and weights that sum to 1.
-2. Dispatch lays the chosen pairs out by expert, on the ranks that hold them.
-3. The experts run as grouped GEMMs, the shared expert on every token.
+2. Dispatch lays the chosen pairs out by expert, on the ranks that hold them; the shared expert runs on every token
+   while they move.
+3. The experts run as grouped GEMMs.
 4. Combine brings the outputs home and sums them by weight.
 
 In training on a CPU that holds all experts, steps 2 to 4 are one operation.
@@ -39,7 +40,7 @@ class MoELayer(nn.Module):
             return (out_TH if self.shared is None else out_TH + self.shared(x_TH)), stats
         dispatched = self.dispatcher.dispatch(x_TH, experts_TK, stats.counts)
         shared_TH = self.shared(x_TH) if self.shared is not None else None
-        rows_SH = self.experts(dispatched.rows, dispatched.offsets)
+        rows_SH = self.experts(self.dispatcher.receive(dispatched), dispatched.offsets)
         out_TH = self.dispatcher.combine(rows_SH, dispatched, weights_TK)
         return (out_TH if shared_TH is None else out_TH + shared_TH), stats
 

@@ -1,8 +1,8 @@
 """Bytes on the rank that holds most, by part, at the moment when most is held.
 
 Weights lie there twice over a step: the float32 shard that the optimizer moves, and the whole in the type that is
-computed in (one rank that computes in float32 has them once). Gradients are summed up whole over the micro-batches, in float32; the last one's backward pass turns them
-into shards, unit by unit.
+computed in (one rank that computes in float32 has them once). Gradients are summed up whole over the micro-batches, in
+float32; the last one's backward pass turns them into shards, unit by unit.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def grouped(dispatcher: Dispatcher, data: Case, rank: int, gate_up: Tensor, down
     object.__setattr__(module, "_parameters", {"gate_up": gate_up, "down": down})
     counts = torch.bincount(data.experts[rank].flatten(), minlength=EXPERTS).float()
     sent = dispatcher.dispatch(data.tokens[rank], data.experts[rank], counts)
-    return dispatcher.combine(module(sent.rows, sent.offsets), sent, data.weights[rank])
+    return dispatcher.combine(module(dispatcher.receive(sent), sent.offsets), sent, data.weights[rank])
 
 
 def spread(names: list[str]) -> list[dict[str, Tensor]]:
