@@ -26,6 +26,10 @@ from aria_train.moe.dispatch import AllToAllDispatcher
 from aria_train.parallel.gloo import exchange_pairwise
 from aria_train.parallel.mesh import Meshes
 
+SMALLEST_UNIT = 1 << 20
+"""Parameters that are worth messages of their own. What is gained by sending one layer's while the next computes is
+lost again where a message takes longer to start than to send."""
+
 
 def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
     """Spreads a model (on the meta device) over the meshes; afterwards `to_empty` and initialise or load it.
@@ -38,11 +42,14 @@ def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
         cast_forward_inputs=False,
     )
     own_experts: set[nn.Parameter] = set()
+    in_units: set[nn.Parameter] = set()
 
-    def shard(module: nn.Module, mesh: DeviceMesh = meshes.dense_data, **options: Any) -> None:
-        if mesh.size() > 1 or precision == "bf16":
+    def shard(module: nn.Module, mesh: DeviceMesh = meshes.dense_data, smallest: int = 0, **options: Any) -> None:
+        left = set(module.parameters()) - own_experts - in_units
+        if (mesh.size() > 1 or precision == "bf16") and sum(p.numel() for p in left) >= smallest:
             options |= {"mp_policy": policy, "reshard_after_forward": False, "ignored_params": own_experts}
             fully_shard(module, mesh=mesh, **options)
+            in_units.update(module.parameters())
 
     for layer in cast("list[DecoderLayer]", list(model.layers)):
         spread_experts(layer, meshes.expert)
@@ -50,12 +57,12 @@ def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
         shard(experts, meshes.expert_data, shard_placement_fn=lambda p: expert_shard(p, meshes.expert_data.size(-1)))
         if not isinstance(experts, FSDPModule):
             own_experts.update(experts.parameters())
-        shard(layer)
+        shard(layer, smallest=SMALLEST_UNIT)
     if model.vision is not None and model.projector is not None:
         for block in model.vision.layers:
-            shard(block)
-        shard(model.vision)
-        shard(model.projector)
+            shard(block, smallest=SMALLEST_UNIT)
+        shard(model.vision, smallest=SMALLEST_UNIT)
+        shard(model.projector, smallest=SMALLEST_UNIT)
     shard(model)
     if isinstance(model, FSDPModule):
         for method in ("logits", "target_logits"):

@@ -16,6 +16,7 @@ import torch
 from aria_train.config import ModelConfig, Part, RunConfig
 from aria_train.model import AriaModel
 from aria_train.model.aria import part_of
+from aria_train.parallel import shard
 from aria_train.parallel.shard import is_expert_parameter
 
 
@@ -38,7 +39,8 @@ class Parameter:
 
     @property
     def unit(self) -> str:
-        """What it is gathered and reduced with: one all-gather and one reduce-scatter per step."""
+        """What it is gathered and reduced with, where there is enough of it: one all-gather and one reduce-scatter per
+        step."""
         if self.is_expert:
             return self.name[: self.name.index(".experts.") + len(".experts")]
         block = re.match(r"(vision\.)?layers\.\d+(?=\.)", self.name)
@@ -107,11 +109,16 @@ def trained(parameters: Iterable[Parameter], config: RunConfig) -> list[Paramete
 
 
 def units_of(parameters: Iterable[Parameter]) -> dict[str, list[Parameter]]:
-    """Unit -> its parameters."""
+    """Unit -> its parameters. What is too small to be one goes with what is around it."""
     units: dict[str, list[Parameter]] = {}
     for parameter in parameters:
         units.setdefault(parameter.unit, []).append(parameter)
-    return units
+    blocks = [name for name in units if ".layers." in f".{name}" and not name.endswith(".experts")]
+    for name in (*blocks, "vision", "projector"):
+        if sum(p.numel for p in units.get(name, [])) < shard.SMALLEST_UNIT:
+            around = "vision" if name.startswith("vision.") else ""
+            units.setdefault(around, []).extend(units.pop(name, []))
+    return {name: unit for name, unit in units.items() if unit}
 
 
 def activated(parameters: Iterable[Parameter], model: ModelConfig) -> int:

@@ -170,7 +170,7 @@ def local_bytes(tensor: Tensor) -> int:
 def whole_weights_and_gradients(model: torch.nn.Module) -> tuple[int, int]:
     """Bytes that are neither shards nor activations, as FSDP holds them at this moment."""
     weights = gradients = 0
-    managed = set()
+    managed: set[Any] = set()
     for module in fsdp_modules(model):
         group = cast(Any, module)._get_fsdp_state()._fsdp_param_group
         for parameter in group.fsdp_params if group is not None else ():
@@ -181,7 +181,7 @@ def whole_weights_and_gradients(model: torch.nn.Module) -> tuple[int, int]:
             summed = parameter.unsharded_accumulated_grad
             summed = parameter._unsharded_param.grad if summed is None else summed
             gradients += 0 if summed is None else local_bytes(summed)
-            managed.add(parameter.sharded_param)
+            managed |= {parameter.sharded_param, parameter._unsharded_param}
     plain = (p.grad for p in model.parameters() if p not in managed)
     gradients += sum(local_bytes(gradient) for gradient in plain if gradient is not None)
     return weights, gradients

@@ -17,7 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from aria_train.config import RunConfig
+from aria_train.parallel import shard
 from aria_train.parallel.gloo import PairwiseAllGather, PairwiseReduceScatter
+from aria_train.plan.communication import communication
+from aria_train.plan.layout import Layout, parameters_of
 from tests.distributed import run_distributed
 from tests.tiny import MODEL, tiny_config, unequal_corpora, with_values
 
@@ -90,7 +93,7 @@ def observe_steps(config: RunConfig) -> dict[str, Any]:
     trainer._step(next(trainer.loader))
     batches = next(trainer.loader)
     with Collectives() as seen:
-        trainer._step(batches)
+        metrics = trainer._step(batches)
     trainer.loader.close()
     model, optimizer = trainer.state.model, trainer.state.optimizer
     parameters = dict(model.named_parameters())
@@ -100,6 +103,7 @@ def observe_steps(config: RunConfig) -> dict[str, Any]:
         "experts": sum(_bytes(p) for name, p in parameters.items() if ".experts." in name),
     }
     return {
+        "loss and norm": (metrics["loss"], metrics["grad_norm"]),
         "calls": dict(seen.calls),
         "bytes": dict(seen.bytes),
         "dtypes": dict(seen.dtypes),
@@ -109,6 +113,12 @@ def observe_steps(config: RunConfig) -> dict[str, Any]:
         "units": sum(isinstance(module, FSDPModule) for module in model.modules()),
         "parameters": {name: (tuple(p.shape), p.numel()) for name, p in parameters.items()},
     }
+
+
+def observe_small(config: RunConfig, smallest: int) -> dict[str, Any]:
+    """The same, where parameters share messages until there are that many."""
+    shard.SMALLEST_UNIT = smallest
+    return observe_steps(config)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -172,6 +182,22 @@ def test_one_all_gather_and_one_reduce_scatter_per_unit_and_step(name: str, obse
         assert rank["units"] == UNITS - alone
         assert rank["calls"].get("_allgather_base_", 0) == units
         assert rank["calls"].get("_reduce_scatter_base_", 0) == units
+
+
+@pytest.mark.parametrize("name", ["ZeRO 2", "EP 2 x ZeRO 2, bf16"])
+def test_small_layers_share_their_messages(name: str, observed: Any, tmp_path: Path) -> None:
+    config = layout(tiny_config(tmp_path, unequal_corpora(tmp_path / "corpora")), tmp_path / "run", *CASES[name][1:])
+    ranks = CASES[name][0]
+    for rank, apart in zip(run_distributed(observe_small, ranks, config, 10**9), observed[name], strict=True):
+        assert (
+            rank["units"] == rank["calls"]["_allgather_base_"] == rank["calls"]["_reduce_scatter_base_"] == LAYERS + 1
+        )
+        assert rank["bytes"] == apart["bytes"]
+        assert rank["loss and norm"] == apart["loss and norm"]
+    with mock.patch.object(shard, "SMALLEST_UNIT", 10**9):
+        planned = communication(config, parameters_of(config.model), Layout.of(config, ranks))
+    calls = {kind: sum(c.calls for c in planned if c.kind == kind) for kind in ("all-gather", "reduce-scatter")}
+    assert calls == {"all-gather": LAYERS + 1, "reduce-scatter": LAYERS + 1}
 
 
 @pytest.mark.parametrize("name", CASES)
