@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from aria_train.config import ModelConfig, VisionConfig
 from aria_train.data.multimodal.formats import Encoder, Recipe
 from aria_train.data.text.tokenizer import train_tokenizer
-from demo.images import FORMATS, LARGE, SMALL, Digits, charts, draw_chart, make_all
+from demo.images import FORMATS, LARGE, SMALL, Digits, chart_canvas, charts, draw_chart, make_all
 
 SCALE = 0.02
 SOURCE = '"""Says what a module is for, shortly."""\ndef f():\n    """Return the number of things."""\n'
@@ -66,7 +64,7 @@ def test_digits_keep_their_answers(made: Path) -> None:
 
 def test_a_chart_shows_its_table() -> None:
     table = {"A": 3, "H": 9, "C": 1, "D": 6}
-    image = draw_chart(FigureCanvasAgg(Figure(figsize=(4, 4), dpi=56)), table, "#444444")
+    image = draw_chart(chart_canvas(), table, "#444444")
     assert image.size == (LARGE, LARGE)
     dark = np.asarray(image.convert("L"))[:, LARGE // 5 :] < 110
     dark = dark[: int(0.86 * LARGE)]  # above the axis
