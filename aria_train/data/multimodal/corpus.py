@@ -158,7 +158,7 @@ class MultimodalSource:
     def _check_tokens(self, sample: Sample, row: int) -> None:
         """Token ids reach embedding tables and image counts: damage to a file must not go that far."""
         largest, smallest = int(sample.token_ids.max()), int(sample.token_ids.min())
-        image_tokens = int((sample.token_ids == self._model.image_token_id).sum())
+        image_tokens = np.count_nonzero(sample.token_ids == self._model.image_token_id)
         expected = sum(placement.layout.num_tokens for placement in sample.placements)
         if largest >= self._model.vocab_size or smallest < 0:
             wrong = f"token id {largest if smallest >= 0 else smallest}, outside 0 to {self._model.vocab_size - 1}"

@@ -267,7 +267,9 @@ def _cut(image: Image.Image, layout: ImageLayout) -> list[Image.Image]:
 
 def _resize(image: Image.Image, size: int, vision: VisionConfig) -> NDArray[np.uint8]:
     target = resized_size(image.width, image.height, size, vision.min_image_size)
-    return np.asarray(image.resize(target, Image.Resampling.BICUBIC))
+    if target != image.size:
+        image = image.resize(target, Image.Resampling.BICUBIC)
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
 
 
 def _patchify(pixels: NDArray[np.uint8], num_queries: int, vision: VisionConfig) -> ProcessedImage:

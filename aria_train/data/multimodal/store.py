@@ -216,35 +216,33 @@ class Reader:
 
     def lengths(self) -> NDArray[np.int32]:
         """Tokens of every sample: int32 [samples]."""
-        columns = [
-            batch.column("num_tokens").to_numpy()
-            for shard in range(len(self.meta["files"]))
-            for batch in self._batches(shard)
-        ]
+        shards = range(len(self.meta["files"]))
+        columns = [batch.column("num_tokens").to_numpy() for shard in shards for batch in self._batches(shard)]
         return np.concatenate([np.empty(0, np.int32), *columns])
 
     def length(self, row: int) -> int:
         """Tokens of sample `row`."""
-        batch, at = self._find(row)
-        return int(batch.column("num_tokens")[at].as_py())
+        columns, at = self._find(row)
+        return len(columns.token_ids[at])
 
     def placements(self, row: int) -> list[Placement]:
         """The images of sample `row`."""
-        return _placements(*self._find(row))
+        columns, at = self._find(row)
+        return columns.placements(at)
 
     def sample(self, row: int) -> Sample:
         """Sample `row`; arrays are read-only views of the file."""
-        batch, at = self._find(row)
+        columns, at = self._find(row)
         return Sample(
-            token_ids=batch.column("token_ids")[at].values.to_numpy(),
-            loss=batch.column("loss")[at].values.to_numpy(),
-            images=batch.column("images")[at].as_py(),
-            placements=_placements(batch, at),
-            category=batch.column("category")[at].as_py(),
-            origin=batch.column("origin")[at].as_py(),
+            token_ids=columns.token_ids[at],
+            loss=columns.loss[at],
+            images=columns.images(at),
+            placements=columns.placements(at),
+            category=columns.category[at].as_py(),
+            origin=columns.origin[at].as_py(),
         )
 
-    def _find(self, row: int) -> tuple[pa.RecordBatch, int]:
+    def _find(self, row: int) -> tuple[_Columns, int]:
         assert 0 <= row < len(self), f"sample {row} of {len(self)}"
         shard = bisect.bisect_right(self._first_rows, row) - 1
         with self._lock:  # Arrow's file reader is not safe to share between threads; the batches it gives are
@@ -264,8 +262,8 @@ class Reader:
             raise DataError(f"{path}: not readable as Arrow ({error}). Copy or prepare the corpus again.") from None
         return reader, np.cumsum([0, *rows]).tolist()
 
-    def _map_batch(self, shard: int, number: int) -> pa.RecordBatch:
-        return self._open_shard(shard)[0].get_batch(number)
+    def _map_batch(self, shard: int, number: int) -> _Columns:
+        return _Columns(self._open_shard(shard)[0].get_batch(number))
 
     def _batches(self, shard: int) -> list[pa.RecordBatch]:
         with self._lock:
@@ -292,15 +290,35 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _placements(batch: pa.RecordBatch, at: int) -> list[Placement]:
-    return [
-        Placement(
-            start=item["start"],
-            layout=ImageLayout(
-                item["size"],
-                item["num_queries"],
-                (item["grid_height"], item["grid_width"]) if item["grid_height"] else None,
-            ),
-        )
-        for item in batch.column("placements")[at].as_py()
-    ]
+class _Columns:
+    """The columns of a batch, to pick rows from: views of the file."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.token_ids, self.loss = _Lists(batch.column("token_ids")), _Lists(batch.column("loss"))
+        self.category, self.origin = batch.column("category"), batch.column("origin")
+        self._images, placements = batch.column("images"), batch.column("placements")
+        self._image_ends, self._placement_ends = (c.offsets.to_numpy() for c in (self._images, placements))
+        fields = (placements.values.field(item.name).to_numpy() for item in placements.type.value_type)
+        self._placements = np.stack(list(fields), axis=1)
+
+    def images(self, row: int) -> list[bytes]:
+        files = self._images.values
+        return [files[at].as_py() for at in range(self._image_ends[row], self._image_ends[row + 1])]
+
+    def placements(self, row: int) -> list[Placement]:
+        mine = self._placements[self._placement_ends[row] : self._placement_ends[row + 1]].tolist()
+        return [
+            Placement(start, ImageLayout(size, num_queries, (height, width) if height else None))
+            for start, size, num_queries, height, width in mine
+        ]
+
+
+class _Lists:
+    """A column of lists of numbers."""
+
+    def __init__(self, column: Any) -> None:
+        self._ends, self._values = column.offsets.to_numpy(), column.values.to_numpy()
+
+    def __getitem__(self, row: int) -> NDArray[Any]:
+        values: NDArray[Any] = self._values[self._ends[row] : self._ends[row + 1]]
+        return values
