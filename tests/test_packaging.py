@@ -25,7 +25,7 @@ def imported(folder: Path) -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
                 names.add(node.module.partition(".")[0])
-    return names - set(sys.stdlib_module_names) - {"aria_train", "demo"}
+    return names - set(sys.stdlib_module_names) - {"aria_train", "benchmarks", "demo"}
 
 
 def import_names(requirements: list[str]) -> set[str]:

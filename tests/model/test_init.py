@@ -51,8 +51,7 @@ def sharded(layouts: list[tuple[int, int | None, dict[str, Any]]]) -> list[dict[
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    assert isinstance(parameter, DTensor)
-    return parameter.full_tensor().detach().clone()
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
 
 def whole(model: dict[str, Any], seed: int = SEED) -> dict[str, Tensor]:
