@@ -67,9 +67,9 @@ class Digits:
         canvas.paste(shades.resize((SMALL - 8, SMALL - 8), Image.Resampling.BICUBIC), (4, 4))
         if rng is None:
             return canvas
-        shift = (rng.randint(-2, 2), rng.randint(-2, 2))
-        canvas = canvas.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, translate=shift, fillcolor=paper)
-        margin = SMALL * (1 - 1 / rng.uniform(0.9, 1.1)) / 2
+        shift = (rng.randint(-1, 1), rng.randint(-1, 1))
+        canvas = canvas.rotate(rng.uniform(-5, 5), Image.Resampling.BICUBIC, translate=shift, fillcolor=paper)
+        margin = SMALL * (1 - 1 / rng.uniform(0.95, 1.05)) / 2
         box = (margin, margin, SMALL - margin, SMALL - margin)
         return canvas.transform(canvas.size, Image.Transform.EXTENT, box, Image.Resampling.BICUBIC, fillcolor=paper)
 
