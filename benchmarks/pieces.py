@@ -69,9 +69,8 @@ def dispatch(precision: str, turns: int, width: int = 512) -> Row:
 
     def ours() -> None:
         dispatched = dispatcher.dispatch(x_TH.detach().requires_grad_(), experts_TK, counts_E)
-        dispatcher.combine(dispatcher.receive(dispatched), dispatched, weights_TK.detach().requires_grad_()).backward(
-            x_TH
-        )
+        rows_SH = dispatcher.receive(dispatched)
+        dispatcher.combine(rows_SH, dispatched, weights_TK.detach().requires_grad_()).backward(x_TH)
 
     def copies() -> None:
         for _ in range(4):  # out, home, and both ways back
