@@ -41,7 +41,7 @@ def _needles(corpus: Path, documents: int, shortest: int, longest: int) -> list[
     options = [f"--documents={documents}", f"--min-tokens={shortest}", f"--max-tokens={longest}"]
     tokenizer = f"--tokenizer={text.TOKENIZER}"
     write = ["data", "needles", str(lines), str(text.CORPUS), tokenizer, *options]
-    return [[write, ["data", "prepare", str(corpus), str(lines), tokenizer, "--overwrite"]]]
+    return [[write, ["data", "prepare", str(corpus), str(lines), tokenizer, "--processes=1", "--overwrite"]]]
 
 
 if __name__ == "__main__":

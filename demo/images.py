@@ -282,6 +282,7 @@ def jobs(made: Collection[str]) -> list[list[list[str]]]:
 
 
 def prepare_command(name: str, kind: str, *options: str) -> list[str]:
-    """`data prepare` of the samples of that name."""
-    fixed = [f"--format={kind}", f"--tokenizer={text.TOKENIZER}", f"--model-config={MODEL_CONFIG}", "--overwrite"]
-    return ["data", "prepare", str(text.DATA / name), str(RAW / name / "samples.jsonl"), *fixed, *options]
+    """`data prepare` of the samples of that name, in one process: several corpora are prepared at once."""
+    fixed = [f"--format={kind}", f"--tokenizer={text.TOKENIZER}", f"--model-config={MODEL_CONFIG}", *options]
+    prepare = ["data", "prepare", str(text.DATA / name), str(RAW / name / "samples.jsonl"), *fixed]
+    return [*prepare, "--processes=1", "--overwrite"]

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.columns import Columns
@@ -22,21 +23,21 @@ from rich.table import Table
 from rich.text import Text
 
 from aria_train.config import load_config
-from demo import corpora, shell
+from demo import corpora
 from demo.curve import Curve, save_picture, terminal_chart
 from demo.report import newest, write_report
 from demo.samples import read_samples, write_samples
-from demo.shell import run_script, torchrun
-from demo.summary import LANGUAGE, LONG, MULTIMODAL, POST, STAGES, Summary, evaluations, summarise
+from demo.shell import evaluate_aside, run_script, torchrun
+from demo.summary import LANGUAGE, LONG, MULTIMODAL, POST, STAGES, Summary, evaluations, ngram_losses, summarise
 
 PROCESSES = 2
 CONFIGS = [f"configs/small/{name}.yaml" for name in STAGES]
 FULL, QUICK = Path("runs/demo"), Path("runs/demo-quick")
-QUICK_TOKENS = "40K"
+QUICK_TOKENS = "24K"
 QUICK_OVERRIDES = (
     f"train.max_tokens={QUICK_TOKENS}",
     f"schedule.total_tokens={QUICK_TOKENS}",
-    "schedule.warmup_tokens=8K",
+    "schedule.warmup_tokens=6K",
     "train.eval_windows=8",
     "checkpoint.interval_steps=1000",
 )
@@ -59,10 +60,14 @@ def main(root: Path = FULL, overrides: Sequence[str] = ()) -> None:
 
 def evaluate(root: Path) -> Summary:
     """What the stages themselves have not measured, and pictures and samples for the report."""
-    shell.evaluate("experts", str(root / MULTIMODAL))
-    digits = shell.evaluate("answers", str(root / POST), "data/small/digits_validation")["accuracy"]
-    write_samples([root / name for name in STAGES])
-    summary = summarise(root, load_config(CONFIGS[0]), load_config(CONFIGS[2]), digits)
+    with ThreadPoolExecutor() as pool:
+        experts = pool.submit(evaluate_aside, "experts", str(root / MULTIMODAL))
+        answers = pool.submit(evaluate_aside, "answers", str(root / POST), "data/small/digits_validation")
+        write_samples([root / name for name in STAGES])
+        ngrams = ngram_losses(load_config(CONFIGS[0]))
+        experts.result()
+        digits = answers.result()["accuracy"]
+    summary = summarise(root, ngrams, load_config(CONFIGS[2]).train.context_length, digits)
     save_picture(curve_of(root, summary), title_of(summary), root / LANGUAGE / "report" / "loss.png")
     return summary
 

@@ -17,7 +17,6 @@ from aria_train.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 """The repository. Commands run in it, so that paths in configurations and messages are short."""
 
-
 _FAILED = "The command above ended with status {}. Run the same make target again to go on."
 
 
@@ -51,10 +50,25 @@ def aria_train_together(jobs: Iterable[Sequence[Sequence[str]]]) -> None:
 def evaluate(*arguments: str) -> dict[str, Any]:
     """Runs `aria-train eval ARGUMENTS`; shows what it says and returns its result, the JSON of its last line."""
     show("aria-train", "eval", *arguments)
-    command = [sys.executable, "-m", "aria_train", "eval", *arguments]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(_evaluation(arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return _result(done, "")
+
+
+def evaluate_aside(*arguments: str) -> dict[str, Any]:
+    """The same beside other work: all is shown, with the command, when it has ended."""
+    done = subprocess.run(_evaluation(arguments), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr.rstrip(), file=sys.stderr, flush=True)
+    return _result(done, f"\n$ {shlex.join(['aria-train', 'eval', *arguments])}\n")
+
+
+def _evaluation(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "aria_train", "eval", *arguments]
+
+
+def _result(done: subprocess.CompletedProcess[str], title: str) -> dict[str, Any]:
     *lines, last = done.stdout.splitlines() or [""]
-    print("\n".join(lines), flush=True)
+    print(title + "\n".join(lines), flush=True)
     if done.returncode:
         raise DemoError(_FAILED.format(done.returncode))
     result: dict[str, Any] = json.loads(last)

@@ -56,20 +56,19 @@ class PostSummary:
     digits_accuracy_after: float
 
 
-def summarise(root: Path, language: RunConfig, long: RunConfig, digits_accuracy: float) -> Summary:
-    """From each run's evaluations before its first step and after its last; n-gram models are counted and scored.
+def summarise(root: Path, ngrams: tuple[float, float], long_context: int, digits_accuracy: float) -> Summary:
+    """From each run's evaluations before its first step and after its last.
 
     `digits_accuracy` is that of the last stage, whose own evaluations are of instructions.
     """
     ends = {name: (lines[0], lines[-1]) for name in STAGES if (lines := evaluations(root / name))}
     accuracy, text, needles = "answers_accuracy", "loss/text", "needle_text_accuracy"
     before, after = ends[LANGUAGE]
-    unigram, bigram = ngram_losses(language)
-    first = LanguageSummary(before["loss"], after["loss"], unigram, bigram)
+    first = LanguageSummary(before["loss"], after["loss"], *ngrams)
     before, after = ends[MULTIMODAL]
     second = MultimodalSummary(before[accuracy], after[accuracy], before[text], after[text])
     before, after = ends[LONG]
-    third = LongSummary(before[needles], after[needles], long.train.context_length, after[accuracy])
+    third = LongSummary(before[needles], after[needles], long_context, after[accuracy])
     before, after = ends[POST]
     fourth = PostSummary(before[accuracy], after[accuracy], digits_accuracy)
     return {LANGUAGE: asdict(first), MULTIMODAL: asdict(second), LONG: asdict(third), POST: asdict(fourth)}

@@ -10,9 +10,9 @@ from PIL import Image
 from rich.console import Console
 
 from aria_train.config import load_config
-from demo import run, summary
+from demo import run
 from demo.curve import Curve, save_picture, terminal_chart
-from demo.shell import DemoError, execute, run_script
+from demo.shell import DemoError, evaluate_aside, execute, run_script
 from demo.summary import STAGES
 from tests.tiny import tiny_config
 
@@ -91,22 +91,18 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run.corpora, "prepare", lambda: started.append("corpora"))
     monkeypatch.setattr(run, "torchrun", train)
-    monkeypatch.setattr(run.shell, "evaluate", evaluate)
+    monkeypatch.setattr(run, "evaluate_aside", evaluate)
     monkeypatch.setattr(run, "write_samples", lambda folders: started.append(f"{len(folders)} samples"))
     monkeypatch.setattr(run, "load_config", lambda path: tiny_config(tmp_path, []))
-    monkeypatch.setattr(summary, "ngram_losses", lambda config: (6.1, 4.2))
+    monkeypatch.setattr(run, "ngram_losses", lambda config: (6.1, 4.2))
     return started
 
 
 def test_one_curriculum_then_evaluations_then_one_page(demo: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     run.main()
-    assert demo == [
-        "corpora",
-        "2 x curriculum configs/small/stage1_lang.yaml ... train.run_dir=runs/demo",
-        "experts runs/demo/stage2_mm",
-        "answers runs/demo/stage4_post",
-        "4 samples",
-    ]
+    assert demo[:2] == ["corpora", "2 x curriculum configs/small/stage1_lang.yaml ... train.run_dir=runs/demo"]
+    # These run at the same time.
+    assert sorted(demo[2:]) == ["4 samples", "answers runs/demo/stage4_post", "experts runs/demo/stage2_mm"]
     found = json.loads((run.FULL / "summary.json").read_text())
     assert {stage: set(figures) for stage, figures in found.items()} == {s: set(f) for s, f in SUMMARY.items()}
     assert found["stage1_lang"] == SUMMARY["stage1_lang"]
@@ -181,3 +177,11 @@ def test_a_failing_command_ends_the_script_without_a_traceback(monkeypatch: pyte
         main()
     with pytest.raises(SystemExit, match="Run the same make target again"):
         run_script(main)
+
+
+def test_an_evaluation_aside_says_why_it_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DemoError, match="ended with status 2"):
+        evaluate_aside("experts", str(tmp_path / "nowhere"))
+    shown = capsys.readouterr()
+    assert "$ aria-train eval experts" in shown.out
+    assert "nowhere" in shown.err
