@@ -1,6 +1,6 @@
-"""How a step's time and memory grow with tokens per window, with experts, with images, and with ranks; a picture each.
+"""How a step's time and memory grow with tokens per window, experts, images, ranks, and GPUs; a picture each.
 
-    python -m benchmarks.growth [tokens experts images ranks] [--threads 2] [--minutes 9]
+    python -m benchmarks.growth [tokens experts images ranks gpus] [--threads 2] [--minutes 9]
 
 Writes docs/images/growth_*.svg and a table into docs/performance.md. The exponent is the slope over the upper half of
 the range: 1 is in proportion, 2 is with the square. Points that the minutes do not suffice for are left out.
@@ -30,12 +30,19 @@ from aria_train.batch import MicroBatch
 from aria_train.config import ModelConfig, load_config
 from aria_train.model import AriaModel
 from aria_train.model.vision import images_to_batch
+from aria_train.plan.advice import step_seconds
+from aria_train.plan.communication import communication
+from aria_train.plan.layout import Layout, parameters_of
+from aria_train.plan.memory import memory
+from aria_train.plan.trace import trace
 from benchmarks.measure import Cost, Run, cost_of
 from benchmarks.page import fill
 
 PICTURES = Path("docs/images")
 PAGE = Path("docs/performance.md")
 SMALL = "configs/small/stage2_mm.yaml"
+GPU_FLOPS = 400e12
+"""What one GPU is taken to reach in computation, in bf16."""
 
 
 @dataclass(frozen=True)
@@ -175,17 +182,32 @@ def over_ranks(threads: int, deadline: float) -> list[Point]:
     return points
 
 
+def over_gpus(_threads: int, _deadline: float) -> list[Point]:
+    """The first stage of the whole model on as many GPUs as this machine has not: calculated, not measured."""
+    config = load_config("configs/stage1_lang.yaml")
+    parameters, activations = parameters_of(config.model), trace(config, config.parallel.expert_parallel_size)
+    points = []
+    for gpus in (2**power for power in range(4, 11)):
+        layout = Layout.of(config, gpus)
+        seconds = step_seconds(config, layout, communication(config, parameters, layout), GPU_FLOPS)
+        points.append(Point(gpus, Cost(seconds, memory(config, parameters, layout, activations).on_gpu())))
+        print(f"  {gpus:>7,}  {points[-1].cost}", flush=True)
+    return points
+
+
 SWEEPS: dict[str, Callable[[int, float], list[Point]]] = {
     "experts": lambda threads, deadline: sweep([8, 16, 32, 64, 128], threads, deadline, with_experts),
     "images": lambda threads, deadline: sweep([4, 8, 16, 32, 64, 128], threads, deadline, with_images),
     "tokens": lambda threads, deadline: sweep([2**p for p in range(10, 17)], threads, deadline, with_tokens),
     "ranks": over_ranks,
+    "gpus": over_gpus,
 }
 LABELS = {
     "tokens": "tokens in the window, one document",
     "experts": "experts, two of them per token",
     "images": "images among 4,096 tokens",
     "ranks": "ranks on this machine, experts spread over all",
+    "gpus": "GPUs for stage 1 of Aria (calculated)",
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import growth, page, run
+from benchmarks import bounds, growth, page, run
 from benchmarks.page import fill
 from demo import needle
 from faults import run as faults
@@ -14,6 +14,7 @@ from faults import run as faults
 ROOT = Path(page.__file__).parents[1]
 WRITTEN = {
     "growth": growth.PAGE,
+    "what bounds fp32": bounds.PAGE,
     "table of make bench": run.PAGE,
     "figures of make needle": needle.PAGE,
     "what make faults found": faults.PAGE,

@@ -73,7 +73,7 @@ def suggest(
         grown = Activations(traced.kept * windows, traced.head, traced.working * windows)
         held = memory(candidate, parameters, layout, grown)
         if held.on_gpu() <= gpu_bytes * _EASY:
-            seconds = _seconds(candidate, layout, communication(candidate, parameters, layout), flops_per_second)
+            seconds = step_seconds(candidate, layout, communication(candidate, parameters, layout), flops_per_second)
             parallel, train = candidate.parallel, candidate.train
             found.append(
                 Suggestion(
@@ -108,7 +108,8 @@ def _with(config: RunConfig, **sections: dict[str, object]) -> RunConfig:
     return config.model_copy(update=changed)
 
 
-def _seconds(config: RunConfig, layout: Layout, collectives: list[Collective], flops_per_second: float) -> float:
+def step_seconds(config: RunConfig, layout: Layout, collectives: list[Collective], flops_per_second: float) -> float:
+    """The estimate: computation, and collectives as if nothing ran beside them."""
     work = flops_per_token(config) * config.tokens_per_step / layout.world / flops_per_second
     return work * (1 + _REPEATED[config.train.recompute]) + sum(_exposed(c, layout) for c in collectives)
 

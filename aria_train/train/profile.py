@@ -165,9 +165,13 @@ def _is_backward(event: FunctionEvent) -> bool:
 
 
 def _forward_part(event: FunctionEvent) -> str | None:
-    names = [outer.name for outer in _ancestors(event)]
-    found = (_OPERATORS.get(n) or (n.removeprefix(_RANGE) if n.startswith(_RANGE) else None) for n in names)
-    return next((part for part in found if part is not None), None)
+    """The innermost part that the event is in, if it is in one."""
+    for outer in _ancestors(event):
+        if outer.name in _OPERATORS:
+            return _OPERATORS[outer.name]
+        if outer.name.startswith(_RANGE):
+            return outer.name.removeprefix(_RANGE)
+    return None
 
 
 def _place(event: FunctionEvent, parts: Parts) -> tuple[str, bool]:

@@ -1,0 +1,92 @@
+"""What bounds a training step in fp32: where our time and transformers' goes, by kind of operator.
+
+    python -m benchmarks.bounds [--steps 5] [--threads 2]
+
+Matrix products and attention are the same kernels of the same library on both sides, over the same numbers: what they
+take cannot be spared. "At best" is the ratio if everything else of ours took no time at all. Writes a table into
+docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.measure import Run
+from benchmarks.page import fill
+from benchmarks.table import machine
+from benchmarks.training_step import TEXT, Shape, build_ours, build_theirs
+
+PAGE = Path("docs/performance.md")
+KINDS = {
+    "matrix products": r"^aten::(mm|addmm|bmm|baddbmm|mkldnn_linear|_grouped_mm)$",
+    "attention": r"^aten::_scaled_dot_product.*",
+    "AdamW": r"_fused_adamw",
+    "gather and scatter": r"^aten::(index|gather|scatter|embedding|sort|argsort|topk|bincount|repeat)",
+    "copies": r"^aten::(copy_|cat|clone|contiguous|_to_copy|zero_|fill_)$",
+}
+REST = "elementwise and the rest"
+SHARED = ("matrix products", "attention")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.bounds", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    tables = []
+    for shape in (shape for shape in TEXT if shape.precision == "fp32"):
+        tables.append(table(shape, arguments.steps))
+        print(f"\n{tables[-1]}", flush=True)
+    facts = ", ".join(f"{key} {value}" for key, value in machine().items())
+    fill(PAGE, "what bounds fp32", "\n\n".join([f"{facts}.", *tables]))
+
+
+def table(shape: Shape, steps: int) -> str:
+    """Milliseconds per step on both sides, whose profiled steps alternate."""
+    ours, theirs = build_ours(shape), build_theirs(shape)
+    spent: tuple[dict[str, float], dict[str, float]] = (defaultdict(float), defaultdict(float))
+    for _ in range(2):
+        ours()
+        theirs()
+    for _ in range(steps):
+        for run, kinds in zip((ours, theirs), spent, strict=True):
+            for kind, milliseconds in by_kind(run).items():
+                kinds[kind] += milliseconds / steps
+    left, right = (sum(kinds.values()) for kinds in spent)
+    floor = sum(spent[0][kind] for kind in SHARED)
+    lines = [
+        f"{shape}: {right / left:.2f}x, at best {right / floor:.2f}x",
+        "",
+        "| milliseconds per step | ours | | transformers' | |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for kind in (*KINDS, REST):
+        a, b = spent[0][kind], spent[1][kind]
+        lines.append(f"| {kind} | {a:.1f} | {a / left:.0%} | {b:.1f} | {b / right:.0%} |")
+    return "\n".join([*lines, f"| all | {left:.1f} | | {right:.1f} | |"])
+
+
+def by_kind(run: Run) -> dict[str, float]:
+    """Milliseconds of one run; what is in no operator counts as the rest."""
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        began = time.perf_counter()
+        run()
+        whole = (time.perf_counter() - began) * 1e3
+    found: dict[str, float] = defaultdict(float)
+    for event in trace.key_averages():
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), REST)
+        found[kind] += event.self_cpu_time_total / 1e3
+    found[REST] += whole - sum(found.values())
+    return found
+
+
+if __name__ == "__main__":
+    main()
