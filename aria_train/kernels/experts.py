@@ -77,7 +77,7 @@ def _mixture(
     return out_TH.to(x.dtype), hidden if keep else x.new_empty(0)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x, tokens_S, weights_S, gate_up, down, ends_E, hidden = ctx.saved_tensors
     need_x, _, need_weights, need_gate_up, need_down, *_ = ctx.needs_input_grad
     plan = Plan.of(tokens_S, weights_S, ends_E, x.dtype, max(gate_up.shape[1:]))
@@ -130,6 +130,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:-1], output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros as large as what is kept
 
 
 _mixture.register_autograd(_backward, setup_context=_keep)
