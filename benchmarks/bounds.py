@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -50,16 +51,15 @@ def main() -> None:
 
 
 def table(shape: Shape, steps: int) -> str:
-    """Milliseconds per step on both sides, whose profiled steps alternate."""
+    """Milliseconds per step on both sides, whose profiled steps alternate; medians by kind."""
     ours, theirs = build_ours(shape), build_theirs(shape)
-    spent: tuple[dict[str, float], dict[str, float]] = (defaultdict(float), defaultdict(float))
     for _ in range(2):
         ours()
         theirs()
-    for _ in range(steps):
-        for run, kinds in zip((ours, theirs), spent, strict=True):
-            for kind, milliseconds in by_kind(run).items():
-                kinds[kind] += milliseconds / steps
+    turns = [(by_kind(ours), by_kind(theirs)) for _ in range(steps)]
+    spent = [
+        {kind: statistics.median(turn[side][kind] for turn in turns) for kind in (*KINDS, REST)} for side in (0, 1)
+    ]
     left, right = (sum(kinds.values()) for kinds in spent)
     floor = sum(spent[0][kind] for kind in SHARED)
     lines = [
