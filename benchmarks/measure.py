@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 Run = Callable[[], object]
+_ENOUGH_SECONDS = 3.0
+"""In which short runs are repeated."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def forget(paths: Iterable[Path]) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run, after one that warmed up."""
+    """Of one run, after one that warmed up; the median of some where they are short."""
 
     seconds: float
     bytes: int
@@ -111,7 +113,7 @@ def peak_memory(build: Callable[..., Run], *arguments: Any, threads: int) -> int
 
 
 def cost_of(build: Callable[..., Run], *arguments: Any, threads: int) -> Cost:
-    """`build(*arguments)` is called, and what it returns twice, in a process of its own."""
+    """`build(*arguments)` is called, and what it returns twice or more, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_measure_cost, args=(theirs, threads, build, arguments))
@@ -128,8 +130,10 @@ def _measure_cost(pipe: Any, threads: int, build: Callable[..., Run], arguments:
     baseline = _status("VmRSS")
     run = build(*arguments)
     run()  # also for the memory: an optimizer's moments come with its first step
-    seconds = seconds_of(run)
-    pipe.send((seconds, _status("VmHWM") - baseline))
+    times = [seconds_of(run)]
+    while sum(times) < _ENOUGH_SECONDS:
+        times.append(seconds_of(run))
+    pipe.send((statistics.median(times), _status("VmHWM") - baseline))
 
 
 def _status(field: str) -> int:
