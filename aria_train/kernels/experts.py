@@ -77,7 +77,9 @@ def _mixture(
     return out_TH.to(x.dtype), hidden if keep else x.new_empty(0)
 
 
-def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     x, tokens_S, weights_S, gate_up, down, ends_E, hidden = ctx.saved_tensors
     need_x, _, need_weights, need_gate_up, need_down, *_ = ctx.needs_input_grad
     plan = Plan.of(tokens_S, weights_S, ends_E, x.dtype, max(gate_up.shape[1:]))
