@@ -1,4 +1,4 @@
-"""What bounds a training step in fp32: where our time and transformers' goes, by kind of operator.
+"""What bounds a training step: where our time and transformers' goes, by kind of operator.
 
     python -m benchmarks.bounds [--steps 5] [--threads 2]
 
@@ -42,15 +42,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tables = []
-    for shape in (shape for shape in TEXT if shape.precision == "fp32"):
-        tables.append(table(shape, arguments.steps))
-        print(f"\n{tables[-1]}", flush=True)
+    lines = [
+        "| shape | ratio | at best | ms per step | " + " | ".join((*KINDS, REST)) + " |",
+        "| --- " * (len(KINDS) + 5) + "|",
+    ]
+    print("\n".join(lines))
+    for shape in TEXT:
+        lines += compared(shape, arguments.steps)
+        print("\n".join(lines[-2:]), flush=True)
     facts = ", ".join(f"{key} {value}" for key, value in machine().items())
-    fill(PAGE, "what bounds fp32", "\n\n".join([f"{facts}.", *tables]))
+    fill(PAGE, "what bounds a step", "\n\n".join([f"{facts}.", "\n".join(lines)]))
 
 
-def table(shape: Shape, steps: int) -> str:
+def compared(shape: Shape, steps: int) -> list[str]:
     """Milliseconds per step on both sides, whose profiled steps alternate; medians by kind."""
     ours, theirs = build_ours(shape), build_theirs(shape)
     for _ in range(2):
@@ -62,16 +66,11 @@ def table(shape: Shape, steps: int) -> str:
     ]
     left, right = (sum(kinds.values()) for kinds in spent)
     floor = sum(spent[0][kind] for kind in SHARED)
-    lines = [
-        f"{shape}: {right / left:.2f}x, at best {right / floor:.2f}x",
-        "",
-        "| milliseconds per step | ours | | transformers' | |",
-        "| --- | --- | --- | --- | --- |",
+    heads = (f"{shape} | {right / left:.2f}x | {right / floor:.2f}x | ours {left:.0f}", f" | | | theirs {right:.0f}")
+    return [
+        f"| {head} | " + " | ".join(f"{kinds[kind]:.0f} ({kinds[kind] / total:.0%})" for kind in (*KINDS, REST)) + " |"
+        for head, kinds, total in zip(heads, spent, (left, right), strict=True)
     ]
-    for kind in (*KINDS, REST):
-        a, b = spent[0][kind], spent[1][kind]
-        lines.append(f"| {kind} | {a:.1f} | {a / left:.0%} | {b:.1f} | {b / right:.0%} |")
-    return "\n".join([*lines, f"| all | {left:.1f} | | {right:.1f} | |"])
 
 
 def by_kind(run: Run) -> dict[str, float]:

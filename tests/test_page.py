@@ -14,7 +14,7 @@ from faults import run as faults
 ROOT = Path(page.__file__).parents[1]
 WRITTEN = {
     "growth": growth.PAGE,
-    "what bounds fp32": bounds.PAGE,
+    "what bounds a step": bounds.PAGE,
     "table of make bench": run.PAGE,
     "figures of make needle": needle.PAGE,
     "what make faults found": faults.PAGE,
