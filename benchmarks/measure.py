@@ -19,8 +19,6 @@ from typing import Any
 import torch
 
 Run = Callable[[], object]
-_ENOUGH_SECONDS = 3.0
-"""In which short runs are repeated."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +107,15 @@ class Cost:
 
 def peak_memory(build: Callable[..., Run], *arguments: Any, threads: int) -> int:
     """Bytes that a process needs at most, beyond what its imports take, to build something and run it twice."""
-    return cost_of(build, *arguments, threads=threads).bytes
+    return cost_of(build, *arguments, threads=threads, enough=0.0).bytes
 
 
-def cost_of(build: Callable[..., Run], *arguments: Any, threads: int) -> Cost:
-    """`build(*arguments)` is called, and what it returns twice or more, in a process of its own."""
+def cost_of(build: Callable[..., Run], *arguments: Any, threads: int, enough: float = 3.0) -> Cost:
+    """`build(*arguments)` is called, and what it returns twice, or until it has run for `enough` seconds; in a process
+    of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_measure_cost, args=(theirs, threads, build, arguments))
+    process = context.Process(target=_measure_cost, args=(theirs, threads, enough, build, arguments))
     process.start()
     theirs.close()
     try:
@@ -125,13 +124,15 @@ def cost_of(build: Callable[..., Run], *arguments: Any, threads: int) -> Cost:
         process.join()
 
 
-def _measure_cost(pipe: Any, threads: int, build: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
+def _measure_cost(
+    pipe: Any, threads: int, enough: float, build: Callable[..., Run], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(threads)
     baseline = _status("VmRSS")
     run = build(*arguments)
     run()  # also for the memory: an optimizer's moments come with its first step
     times = [seconds_of(run)]
-    while sum(times) < _ENOUGH_SECONDS:
+    while sum(times) < enough:
         times.append(seconds_of(run))
     pipe.send((statistics.median(times), _status("VmHWM") - baseline))
 

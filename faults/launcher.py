@@ -19,8 +19,8 @@ def run_and_kill(arguments: list[str], run_dir: Path, bench: Any, config: Any, k
     chance, worst = random.Random(1), 0
     with launched("aria_train", arguments, run_dir) as launcher:
         for number in range(kills):
-            _wait(lambda: _steps(run_dir) >= 8 + 10 * number, launcher)  # noqa: B023
-            os.kill(chance.choice(_children(launcher.pid)), signal.SIGKILL)
+            _wait(lambda: steps(run_dir) >= 8 + 10 * number, launcher)  # noqa: B023
+            os.kill(chance.choice(workers(launcher.pid)), signal.SIGKILL)
             time.sleep(1.0)
             worst = max(worst, bench.steps_lost(config))
         assert launcher.wait(900) == 0, log_of(run_dir).read_text()[-3000:]
@@ -50,8 +50,8 @@ def log_of(run_dir: Path) -> Path:
     return run_dir.parent / "launcher.log"
 
 
-def _steps(run_dir: Path) -> int:
-    # Whole lines: the last one may be being written.
+def steps(run_dir: Path) -> int:
+    """Those that the run's record holds: whole lines, for the last one may be being written."""
     metrics = run_dir / "metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
@@ -64,7 +64,8 @@ def _wait(condition: Any, launcher: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
-def _children(pid: int) -> list[int]:
+def workers(pid: int) -> list[int]:
+    """The processes that a launcher has started."""
     listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     pairs = (line.split() for line in listing.splitlines())
     return [int(child) for child, parent in pairs if int(parent) == pid]
