@@ -58,7 +58,9 @@ def _steps(root: Path) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="tests.stages.kill_often", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="tests.stages.kill_often", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("kills", type=int, nargs="?", default=10)
     parser.add_argument("seed", type=int, nargs="?", default=0)
     parser.add_argument("finished", type=Path, nargs="?", help="run root of a finished demo")
