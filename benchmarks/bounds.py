@@ -2,9 +2,8 @@
 
     python -m benchmarks.bounds [--steps 5] [--threads 2]
 
-Matrix products and attention are the same kernels of the same library on both sides, over the same numbers: what they
-take cannot be spared. "At best" is the ratio if everything else of ours took no time at all. Writes a table into
-docs/performance.md.
+Matrix products and attention are PyTorch's and oneDNN's. "At best" is the ratio if everything else of ours took no time
+at all. Writes a table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ KINDS = {
     "copies": r"^aten::(copy_|cat|clone|contiguous|_to_copy|zero_|fill_)$",
 }
 REST = "elementwise and the rest"
-SHARED = ("matrix products", "attention")
+LIBRARIES = ("matrix products", "attention")
 
 
 def main() -> None:
@@ -65,7 +64,7 @@ def compared(shape: Shape, steps: int) -> list[str]:
         {kind: statistics.median(turn[side][kind] for turn in turns) for kind in (*KINDS, REST)} for side in (0, 1)
     ]
     left, right = (sum(kinds.values()) for kinds in spent)
-    floor = sum(spent[0][kind] for kind in SHARED)
+    floor = sum(spent[0][kind] for kind in LIBRARIES)
     heads = (f"{shape} | {right / left:.2f}x | {right / floor:.2f}x | ours {left:.0f}", f" | | | theirs {right:.0f}")
     return [
         f"| {head} | " + " | ".join(f"{kinds[kind]:.0f} ({kinds[kind] / total:.0%})" for kind in (*KINDS, REST)) + " |"
