@@ -1,13 +1,17 @@
 """Output head and cross-entropy as one operation that never holds the logits of a whole window.
 
-Logits exist for one chunk of positions at a time. The gradient of a chunk is worked out while its logits are still
-at hand (the loss is the last operation, so its gradient is known up to one scalar), and nothing is recomputed.
+Logits exist for one chunk of positions at a time, in tiles of the vocabulary. The gradient of a chunk is worked out
+while its tiles are still at hand (the loss is the last operation, so its gradient is known up to one scalar), and
+nothing is recomputed. Tiles hold exponentials and are never divided by their sums: what is as narrow as the hidden
+states is scaled in their place, so a tile is written once and read by two products.
 
-Shape legend: N positions with a target, H hidden, V vocabulary.
+Shape legend: N positions with a target, H hidden, V vocabulary, R positions of a chunk, C columns of a tile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +21,10 @@ from aria_train import kernels
 
 _CHUNK_LOGITS = 2**25
 """Logits held at once (positions x vocabulary)."""
-_CHUNK_ROWS_CPU = 256
-"""Positions at once on CPU: few, so that a small vocabulary's logits stay in cache."""
+_TILE_CPU = 1024, 2048
+"""Positions and columns of a tile on a CPU, where a few passes over it should find it in cache."""
+_SMALLEST_SHARE = 1e-30
+"""Of the probability that a tile may have: below it, its reciprocal would leave the range of float32."""
 
 
 def linear_cross_entropy(x_NH: Tensor, weight_VH: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,26 +44,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         # Sums over chunks stay in float32 whatever the weights are in. A frozen head needs none.
         train_weight = with_grad and ctx.needs_input_grad[1]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train_weight else None
-        rows = max(1, _CHUNK_LOGITS // weight.shape[0])
-        if kernels.on_cpu(x):
-            rows = min(rows, _CHUNK_ROWS_CPU)
-        for start in range(0, x.shape[0], rows):
-            part = slice(start, start + rows)
-            logits = (x[part] @ weight.T).float()
-            logits -= logits.amax(-1, keepdim=True)
-            target = logits.gather(1, labels[part, None])
-            partition = logits.exp_().sum(-1, keepdim=True)
-            losses[part] = (partition.log() - target).squeeze(1)
-            if grad_x is None:
-                continue
-            probabilities = logits.div_(partition)
-            probabilities[torch.arange(probabilities.shape[0], device=x.device), labels[part]] -= 1
-            grad = probabilities.to(x.dtype)
-            torch.mm(grad, weight, out=grad_x[part])
-            if grad_weight is not None and x.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, x[part])
-            elif grad_weight is not None:
-                grad_weight += grad.T @ x[part]
+        rows, columns = _tile_shape(x, weight)
+        for part in _slices(x.shape[0], rows):
+            tiles = [
+                _Tile.of(x[part], weight, labels[part, None], where, keep=with_grad)
+                for where in _slices(weight.shape[0], columns)
+            ]
+            log_partition = torch.cat([tile.peak + tile.sum.log() for tile in tiles], 1).logsumexp(1, keepdim=True)
+            target = torch.stack([tile.target for tile in tiles]).sum(0)
+            losses[part] = (log_partition - target).squeeze(1)
+            if grad_x is not None:
+                grad_x[part] = _gradients(x[part], weight, tiles, log_partition, target, grad_weight)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
@@ -68,3 +65,64 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         scaled = None if grad_weight is None else (grad_weight * grad).to(ctx.dtype)
         return grad_x * grad.to(grad_x.dtype), scaled, None, None
+
+
+@dataclass
+class _Tile:
+    """The logits of R positions and C columns of the vocabulary."""
+
+    columns: slice
+    exponentials: Tensor | None
+    """[R, C] in the weights' dtype: exp(logit - peak)."""
+    peak: Tensor
+    """float32 [R, 1]: the largest logit."""
+    sum: Tensor
+    """float32 [R, 1], of the exponentials."""
+    label: Tensor
+    """int64 [R, 1]: the label's column here; some other where the label lies elsewhere."""
+    labelled: Tensor
+    """bool [R, 1]: whether the label lies here."""
+    target: Tensor
+    """float32 [R, 1]: the label's logit, 0 where it lies elsewhere."""
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, labels: Tensor, columns: slice, keep: bool) -> _Tile:
+        logits = (x @ weight[columns].T).float()
+        label = (labels - columns.start).clamp(0, logits.shape[1] - 1)
+        labelled = label + columns.start == labels
+        target = logits.gather(1, label) * labelled
+        peak = logits.amax(-1, keepdim=True)
+        total = logits.sub_(peak).exp_().sum(-1, keepdim=True)
+        return cls(columns, logits.to(x.dtype) if keep else None, peak, total, label, labelled, target)
+
+
+def _gradients(
+    x: Tensor, weight: Tensor, tiles: list[_Tile], log_partition: Tensor, target: Tensor, grad_weight: Tensor | None
+) -> Tensor:
+    """The gradient of the chunk's summed loss with respect to x, float32 [R, H]; that of the weight is added."""
+    grad_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    # A label's probability less one, which rounding would spoil if the two were added up as products.
+    excess = (target - log_partition).expm1()
+    for tile in tiles:
+        assert tile.exponentials is not None
+        share = (tile.peak - log_partition).exp().clamp(min=_SMALLEST_SHARE)
+        unscaled = tile.exponentials
+        at_label = torch.where(tile.labelled, (excess / share).to(x.dtype), unscaled.gather(1, tile.label))
+        unscaled.scatter_(1, tile.label, at_label)
+        grad_x.addcmul_(unscaled @ weight[tile.columns], share)
+        if grad_weight is not None and x.dtype == torch.float32:
+            grad_weight[tile.columns].addmm_(unscaled.T, x * share)
+        elif grad_weight is not None:
+            grad_weight[tile.columns] += unscaled.T @ (x * share).to(x.dtype)
+    return grad_x
+
+
+def _tile_shape(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    rows = max(1, _CHUNK_LOGITS // weight.shape[0])
+    if not kernels.on_cpu(x):
+        return rows, weight.shape[0]
+    return min(rows, _TILE_CPU[0]), _TILE_CPU[1]
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))

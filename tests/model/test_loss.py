@@ -24,10 +24,11 @@ def inputs(dtype: torch.dtype, positions: int = POSITIONS) -> tuple[Tensor, Tens
     return x, weight, torch.randint(VOCABULARY, (positions,), generator=generator)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 36, 37, 1000])
+@pytest.mark.parametrize("columns", [1, 7, 25, 49, 50, 1000])
+@pytest.mark.parametrize("rows", [1, 7, 36, 37, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunks_equal_full_logits(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", rows * VOCABULARY)
+def test_tiles_equal_full_logits(rows: int, columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_TILE_CPU", (rows, columns))
     x, weight, labels = inputs(dtype)
     total, each = linear_cross_entropy(x, weight, labels)
     # A mean, so that the gradient arrives scaled, as it does in training.
@@ -110,12 +111,34 @@ def test_no_targets() -> None:
         assert gradient is None or not gradient.any()
 
 
-def test_large_logits_are_finite() -> None:
+@pytest.mark.parametrize("columns", [7, 50])
+def test_large_logits_are_finite(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a label's whole tile is beyond what float32 tells from 0."""
+    monkeypatch.setattr(loss_module, "_TILE_CPU", (10, columns))
     x, weight, labels = inputs(torch.float32)
     total, _ = linear_cross_entropy(x * 1000, weight, labels)
     wanted = F.cross_entropy((x * 1000) @ weight.T, labels, reduction="sum")
     assert total.item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert all(g.isfinite().all() for g in torch.autograd.grad(total, (x, weight)))
+    for found, expected in zip(
+        torch.autograd.grad(total, (x, weight)), torch.autograd.grad(wanted, (x, weight)), strict=True
+    ):
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("columns", [7, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sure_prediction_leaves_a_small_gradient(
+    dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probability of almost 1 less 1 is not lost to rounding."""
+    monkeypatch.setattr(loss_module, "_TILE_CPU", (10, columns))
+    weight = torch.eye(VOCABULARY, HIDDEN).to(dtype).requires_grad_()
+    labels = torch.arange(HIDDEN)
+    x = (14 * torch.eye(HIDDEN)).to(dtype).requires_grad_()
+    found = torch.autograd.grad(linear_cross_entropy(x, weight, labels)[0], x)[0].diagonal()
+    x64 = x.detach().double().requires_grad_()
+    wanted = torch.autograd.grad(F.cross_entropy(x64 @ weight.detach().double().T, labels, reduction="sum"), x64)[0]
+    assert (found / wanted.diagonal() - 1).abs().max() < (1e-2 if dtype == torch.bfloat16 else 2e-2)
 
 
 def test_a_sum_of_many_losses_keeps_its_digits() -> None:
