@@ -41,29 +41,37 @@ def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+    experts_of_layers: set[nn.Parameter] = set()
     own_experts: set[nn.Parameter] = set()
     in_units: set[nn.Parameter] = set()
 
-    def shard(module: nn.Module, mesh: DeviceMesh = meshes.dense_data, smallest: int = 0, **options: Any) -> None:
+    def place(parameter: nn.Parameter) -> Shard | None:
+        return expert_shard(parameter, meshes.expert_data.size(-1)) if parameter in experts_of_layers else None
+
+    def shard(module: nn.Module, mesh: DeviceMesh = meshes.dense_data, smallest: int = SMALLEST_UNIT) -> None:
         left = set(module.parameters()) - own_experts - in_units
         if (mesh.size() > 1 or precision == "bf16") and sum(p.numel() for p in left) >= smallest:
-            options |= {"mp_policy": policy, "reshard_after_forward": False, "ignored_params": own_experts}
-            fully_shard(module, mesh=mesh, **options)
+            options: dict[str, Any] = {"mp_policy": policy, "shard_placement_fn": place, "ignored_params": own_experts}
+            fully_shard(module, mesh=mesh, reshard_after_forward=False, **options)
             in_units.update(module.parameters())
 
     for layer in cast("list[DecoderLayer]", list(model.layers)):
         spread_experts(layer, meshes.expert)
         experts = layer.moe.experts
-        shard(experts, meshes.expert_data, shard_placement_fn=lambda p: expert_shard(p, meshes.expert_data.size(-1)))
-        if not isinstance(experts, FSDPModule):
-            own_experts.update(experts.parameters())
-        shard(layer, smallest=SMALLEST_UNIT)
+        experts_of_layers.update(experts.parameters())
+        if meshes.expert.size() == 1:  # the same ranks hold experts and all else, so small ones can share messages
+            shard(experts)
+        else:
+            shard(experts, meshes.expert_data, smallest=0)
+            if not isinstance(experts, FSDPModule):
+                own_experts.update(experts.parameters())
+        shard(layer)
     if model.vision is not None and model.projector is not None:
         for block in model.vision.layers:
-            shard(block, smallest=SMALLEST_UNIT)
-        shard(model.vision, smallest=SMALLEST_UNIT)
-        shard(model.projector, smallest=SMALLEST_UNIT)
-    shard(model)
+            shard(block)
+        shard(model.vision)
+        shard(model.projector)
+    shard(model, smallest=0)
     if isinstance(model, FSDPModule):
         for method in ("logits", "target_logits"):
             register_fsdp_forward_method(model, method)

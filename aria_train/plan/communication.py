@@ -50,12 +50,13 @@ def _weights(config: RunConfig, parameters: list[Parameter], layout: Layout) -> 
     compute = bytes_per_weight(config)
     moving = {p.name for p in trained(parameters, config)}
     found = []
+    units = units_of(parameters, layout)
     for what, of_experts in (("experts", True), ("dense weights", False)):
         ranks = layout.zero if of_experts else layout.group
         gather = Collective(f"{what}: weights", "all-gather", ranks, 0, 0)
         scatter = Collective(f"{what}: gradients", "reduce-scatter", ranks, 0, 0)
         replicate = Collective(f"{what}: gradients over replicas", "all-reduce", layout.replicas, 0, 0)
-        for unit in units_of(p for p in parameters if p.is_expert == of_experts).values():
+        for unit in (u for u in units if all(p.is_expert for p in u) == of_experts):
             with_gradient = [p for p in unit if p.name in moving]
             if ranks > 1:
                 gather.calls += 1

@@ -108,17 +108,19 @@ def trained(parameters: Iterable[Parameter], config: RunConfig) -> list[Paramete
     return [p for p in parameters if p.part not in config.train.freeze and not p.name.startswith("vision.post_norm.")]
 
 
-def units_of(parameters: Iterable[Parameter]) -> dict[str, list[Parameter]]:
-    """Unit -> its parameters. What is too small to be one goes with what is around it."""
+def units_of(parameters: Iterable[Parameter], layout: Layout) -> list[list[Parameter]]:
+    """What is gathered and reduced together. What is too small to be a unit goes with what is around it."""
     units: dict[str, list[Parameter]] = {}
     for parameter in parameters:
         units.setdefault(parameter.unit, []).append(parameter)
-    blocks = [name for name in units if ".layers." in f".{name}" and not name.endswith(".experts")]
-    for name in (*blocks, "vision", "projector"):
+    experts = [name for name in units if name.endswith(".experts")]
+    around = {name: name.removesuffix(".moe.experts") for name in experts if layout.expert == 1}
+    blocks = {name for name in units if ".layers." in f".{name}"} | set(around.values())
+    around |= {name: "vision" if name.startswith("vision.") else "" for name in sorted(blocks - set(experts))}
+    for name, outer in {**around, "vision": "", "projector": ""}.items():
         if sum(p.numel for p in units.get(name, [])) < shard.SMALLEST_UNIT:
-            around = "vision" if name.startswith("vision.") else ""
-            units.setdefault(around, []).extend(units.pop(name, []))
-    return {name: unit for name, unit in units.items() if unit}
+            units.setdefault(outer, []).extend(units.pop(name, []))
+    return [unit for unit in units.values() if unit]
 
 
 def activated(parameters: Iterable[Parameter], model: ModelConfig) -> int:

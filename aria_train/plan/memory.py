@@ -73,7 +73,7 @@ def memory(config: RunConfig, parameters: list[Parameter], layout: Layout, activ
     whole = sum(math.prod(layout.whole(p)) for p in moving)
     shards = sum(layout.shard(p) for p in moving)
     copied = [p for p in parameters if layout.is_copied(p, config)]
-    units = units_of(trained(copied, config)).values()
+    units = units_of(trained(copied, config), layout)
     largest = max((sum(layout.gathered(p) for p in unit) for unit in units), default=0)
     return Memory(
         master_weights=4 * sum(layout.shard(p) for p in parameters),
