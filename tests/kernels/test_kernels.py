@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aria_train.kernels
-import aria_train.kernels.experts
+import aria_train.kernels.batches
 from aria_train.kernels import routing
+from aria_train.kernels.batches import Plan
 from aria_train.kernels.experts import grouped_swiglu, mixture
 from aria_train.kernels.norm import rms_norm
 from aria_train.kernels.rope import rotate
@@ -20,7 +21,7 @@ from aria_train.kernels.swiglu import swiglu
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks, the last of them short."""
     monkeypatch.setattr(aria_train.kernels, "_BLOCK", 32)
-    monkeypatch.setattr(aria_train.kernels.experts, "_AT_ONCE", 1500)
+    monkeypatch.setattr(aria_train.kernels.batches, "_AT_ONCE", 1500)
     torch.manual_seed(0)
 
 
@@ -58,8 +59,13 @@ def test_swiglu_of_the_halves_of_one_tensor() -> None:
     gradcheck(lambda both: swiglu(*both.chunk(2, dim=-1)), both)
 
 
+@pytest.mark.parametrize("filling", [0, 1 << 10, 1 << 16])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_experts_with_many_rows_one_and_none(dtype: torch.dtype, tolerance: float) -> None:
+def test_experts_with_many_rows_one_and_none(
+    dtype: torch.dtype, tolerance: float, filling: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aria_train.kernels.batches, "_FILLING", filling)
+    monkeypatch.setattr(aria_train.kernels.batches, "_AT_ONCE", 6000)
     counts = [37, 0, 1, 64, 0]
     rows, gate_up, down = torch.randn(102, 16), torch.randn(5, 16, 32) / 4, torch.randn(5, 16, 16) / 4
     grad = torch.randn(102, 16)
@@ -107,6 +113,30 @@ def test_mixture_of_experts_with_many_tokens_few_and_none() -> None:
 
     torch.testing.assert_close(fast(x, weights, gate_up, down), plain(x, weights, gate_up, down))
     gradcheck(fast, x, weights, gate_up, down)
+
+
+@pytest.mark.parametrize(
+    ("counts", "wanted"),
+    [
+        ([64, 64, 64, 64], [(4, 64)]),
+        ([60, 33, 1, 1], [(2, 64), (2, 32)]),
+        ([1, 1, 1, 500], [(2, 32), (1, 32), (1, 512)]),
+        ([0, 0, 0, 0], [(4, 0)]),
+        ([5, 5, 5], [(3, 32)]),
+        ([2000, 2000], [(1, 2016), (1, 2016)]),
+    ],
+)
+def test_experts_of_about_as_many_rows_share_a_product(
+    counts: list[int], wanted: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aria_train.kernels.batches, "_AT_ONCE", 1000 * 16)
+    monkeypatch.setattr(aria_train.kernels.batches, "_FILLING", 40 * 16)
+    plan = Plan.of(None, None, torch.tensor(counts).cumsum(0).int(), torch.bfloat16, 16)
+    assert [tuple(batch) for group in plan.groups for batch in group.batches] == wanted
+    assert plan.num_rows == sum(experts * size for experts, size in wanted)
+    assert sum(group.pairs.stop - group.pairs.start for group in plan.groups) == sum(counts)
+    assert plan.places is not None
+    assert len(plan.places.unique()) == sum(counts)
 
 
 def test_weighted_sum_of_each_tokens_rows() -> None:
