@@ -30,8 +30,9 @@ from benchmarks.table import Row
 CONFIG = "configs/small/stage1_lang.yaml"
 WIDTHS = (128, 256, 512)
 """Hidden sizes; heads and experts grow with them. The first is the demo's."""
-LAYOUTS = {"ZeRO 2": 1, "EP 2": 2}
-"""Expert parallel sizes of two ranks."""
+LAYOUTS = {"ZeRO 2": (1, 8), "EP 2": (2, 8), "ZeRO 2, larger batch": (1, 32)}
+"""Expert parallel sizes of two ranks, and windows of a step, 256 tokens each. What ZeRO moves grows with the weights
+alone and what there is to compute with weights and tokens; what experts exchange grows with tokens and width."""
 _COPIES = ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat")
 
 
@@ -39,10 +40,11 @@ def rows(turns: int) -> list[Row]:
     """A row per layout and width."""
     found = []
     for width in WIDTHS:
-        for layout, expert_parallel in LAYOUTS.items():
-            with Side(width, 1, 1) as alone, Side(width, 2, expert_parallel) as together:
+        for layout, (expert_parallel, windows) in LAYOUTS.items():
+            with Side(width, 1, 1, windows) as alone, Side(width, 2, expert_parallel, windows) as together:
                 comparison = compare(together.step, alone.step, turns)
-                shape = f"fp32, hidden {width}, 2,048 tokens: {together.split(comparison.seconds[1])}"
+                split = together.split(comparison.seconds[1])
+                shape = f"fp32, hidden {width}, {256 * windows:,} tokens: {split}"
             found.append(Row(f"2 ranks, {layout}", "1 process, 2 threads", comparison, shape))
             print(f"  {layout}, {shape}: {comparison.ratio:.2f}x", flush=True)
     return found
@@ -62,6 +64,7 @@ class Side:
     width: int
     ranks: int
     expert_parallel: int
+    windows: int
     steps: list[list[_Step]] = field(default_factory=list)
     """[steps][ranks]"""
 
@@ -108,7 +111,8 @@ class Side:
             f"model.num_kv_heads={2 * scale}",
             f"model.expert_size={96 * scale}",
             f"parallel.expert_parallel_size={self.expert_parallel}",
-            f"train.micro_batch_size={8 // self.ranks}",
+            f"train.global_batch_size={self.windows}",
+            f"train.micro_batch_size={self.windows // self.ranks}",
             f"train.run_dir={self._folder.name}/run",
             "data.workers=1",
         ]

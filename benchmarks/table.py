@@ -28,6 +28,8 @@ class Row:
     """Of the machine's matrix products at the same precision; ours."""
     memory: float | None = None
     """Ours over theirs, at the peak."""
+    least_memory: float | None = None
+    """What weights, gradients and an optimizer's moments take, over theirs."""
 
     def as_json(self) -> dict[str, Any]:
         ours, theirs = self.comparison.seconds
@@ -41,6 +43,7 @@ class Row:
             "their_seconds": theirs,
             "share_of_gemm_ceiling": self.share,
             "memory_ratio": self.memory,
+            "least_memory_ratio": self.least_memory,
         }
 
     def cells(self) -> list[str]:
@@ -48,6 +51,7 @@ class Row:
         (ours, theirs), (low, high) = self.comparison.seconds, self.comparison.spread
         share = "" if self.share is None else f"{self.share:.0%}"
         memory = "" if self.memory is None else f"{self.memory:.2f}x"
+        memory += "" if self.least_memory is None else f" ({self.least_memory:.2f}x)"
         ratio, spread = f"{self.comparison.ratio:.2f}x", f"{low:.2f} to {high:.2f}"
         return [self.what, self.against, ratio, spread, duration(ours), duration(theirs), share, memory, self.shape]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from aria_train.batch import MicroBatch
 from aria_train.config import ModelConfig, VisionConfig
 from aria_train.data.work import forward_flops
+from aria_train.model import AriaModel
 from aria_train.model.vision import images_to_batch
 from benchmarks.measure import Run, compare, peak_memory
 from benchmarks.peers import aria, transformers_aria
@@ -82,12 +83,19 @@ def rows(turns: int, ceilings: dict[str, float], shapes: list[Shape]) -> list[Ro
 def row(shape: Shape, turns: int, ceiling: float) -> Row:
     comparison = compare(build_ours(shape), build_theirs(shape), turns)
     threads = torch.get_num_threads()
-    memory = peak_memory(build_ours, shape, threads=threads) / peak_memory(build_theirs, shape, threads=threads)
+    ours, theirs = (peak_memory(build, shape, threads=threads) for build in (build_ours, build_theirs))
     batch = ours_batch(shape)
     patches = batch.images.starts.diff().tolist() if batch.images is not None else []
     share = 3 * forward_flops([shape.tokens], patches, shape.model()) / comparison.seconds[0] / ceiling
     what = "training step, text and images" if shape.images else "training step, text"
-    return Row(what, "transformers' Aria", comparison, str(shape), share, memory)
+    return Row(what, "transformers' Aria", comparison, str(shape), share, ours / theirs, state_bytes(shape) / theirs)
+
+
+def state_bytes(shape: Shape) -> int:
+    """Weights, their gradients and AdamW's two moments, all in one precision: the least that a step can do with."""
+    with torch.device("meta"):
+        numel = sum(p.numel() for p in AriaModel(shape.model()).parameters())
+    return 4 * numel * DTYPES[shape.precision].itemsize
 
 
 def build_ours(shape: Shape) -> Run:
