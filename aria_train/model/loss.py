@@ -101,7 +101,7 @@ def _gradients(
 ) -> Tensor:
     """The gradient of the chunk's summed loss with respect to x, float32 [R, H]; that of the weight is added."""
     grad_x = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    # A label's probability less one, which rounding would spoil if the two were added up as products.
+    # A label's probability less one, taken in float32: bf16 would round a probability near 1 first, and leave nothing.
     excess = (target - log_partition).expm1()
     for tile in tiles:
         assert tile.exponentials is not None
