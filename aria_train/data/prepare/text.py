@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import json
@@ -20,7 +21,6 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,8 @@ def _tokenize_all(
 ) -> Generator[tuple[Unit, UnitReport], None, None]:
     """Reports of the units, in order, whatever process did them; their parts lie in the workplace by then."""
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
+    # Without a lock, which a worker that is killed would keep for ever.
+    stop = context.RawValue(ctypes.c_bool, False)
     if processes == 1 or len(units) == 1:
         _start_worker(job, workplace, stop)
         for number, unit in enumerate(units):
@@ -211,7 +212,7 @@ def _tokenize_all(
             "--processes, or split very long documents."
         ) from None
     finally:
-        stop.set()  # An interruption does not wait for whole units.
+        stop.value = True  # An interruption does not wait for whole units.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -220,7 +221,7 @@ class _Worker:
 
     job: Job
     workplace: Path
-    stop: Event
+    stop: ctypes.c_bool
     tokenizer: Any
     end_of_document: int
     dtype: np.dtype
@@ -229,14 +230,14 @@ class _Worker:
 _worker = _Worker()
 
 
-def _start_process(job: Job, workplace: Path, stop: Event) -> None:
+def _start_process(job: Job, workplace: Path, stop: ctypes.c_bool) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One core per process is what we have.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides when to stop.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _start_worker(job, workplace, stop)
 
 
-def _start_worker(job: Job, workplace: Path, stop: Event) -> None:
+def _start_worker(job: Job, workplace: Path, stop: ctypes.c_bool) -> None:
     _worker.job, _worker.workplace, _worker.stop = job, workplace, stop
     _worker.tokenizer = tokenizers_.load_tokenizer(job.tokenizer)
     # Text that spells a special token, such as <|endoftext|>, is text: data must not be able to forge boundaries.
@@ -257,7 +258,7 @@ def _tokenize_unit(number: int, unit: Unit) -> UnitReport:
     job, report = _worker.job, UnitReport()
     writers = {suffix: IndexedWriter(_worker.workplace / f"{number}{suffix}", _worker.dtype) for suffix in job.parts}
     for batch in _batches(read_documents(unit, job.text_key), report):
-        if _worker.stop.is_set():
+        if _worker.stop.value:
             break
         encodings = _worker.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         for text, encoding in zip(batch, encodings, strict=True):
