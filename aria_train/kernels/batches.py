@@ -8,7 +8,7 @@ Shape legend: T tokens, S (token, expert) pairs sorted by expert, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +32,10 @@ class Batch(NamedTuple):
     size: int
     """Rows of each."""
 
+    @property
+    def num_rows(self) -> int:
+        return self.experts * self.size
+
 
 @dataclass(frozen=True)
 class Group:
@@ -39,8 +43,7 @@ class Group:
 
     rows: slice
     pairs: slice
-    among: slice
-    """Which of the plan's batches."""
+    experts: slice
     batches: list[Batch]
 
     @property
@@ -50,8 +53,12 @@ class Group:
     def cut(self, rows: Tensor) -> list[Tensor]:
         """The group's rows, [rows, width] -> of each batch [experts, size, width]."""
         width = rows.shape[1]
-        parts = rows.split([batch.experts * batch.size for batch in self.batches])
+        parts = rows.split([batch.num_rows for batch in self.batches])
         return [part.view(*batch, width) for part, batch in zip(parts, self.batches, strict=True)]
+
+    def share(self, weights: Tensor) -> Sequence[Tensor]:
+        """Weights of all experts, [E, ...] -> those of each batch [experts, ...]."""
+        return weights[self.experts].split([batch.experts for batch in self.batches])
 
 
 @dataclass
@@ -65,8 +72,6 @@ class Plan:
     places: Tensor | None
     """int64 [S]: the row of each pair, where rows were added that fill up."""
     groups: list[Group]
-    batches: list[int]
-    """Experts of each batch."""
 
     @classmethod
     def of(
@@ -80,9 +85,8 @@ class Plan:
         filling, multiple = (0, 1) if whole else (_FILLING // width, _MULTIPLE)
         batches = list(_batches(counts, 0, len(counts), limit, filling, multiple))
         groups = list(_groups(counts, batches, limit))
-        numbers = [batch.experts for batch in batches]
         if whole:
-            return cls(tokens_S, weights_S, None, groups, numbers)
+            return cls(tokens_S, weights_S, None, groups)
         sizes_E = torch.tensor([batch.size for batch in batches for _ in range(batch.experts)])
         shifts_E = (sizes_E.cumsum(0) - sizes_E) - (ends_E - counts_E)
         pairs = torch.arange(sum(counts))
@@ -92,7 +96,7 @@ class Plan:
         weights = None
         if weights_S is not None:
             weights = torch.zeros(len(tokens), dtype=precise).index_copy_(0, places, weights_S.to(precise))
-        return cls(tokens, weights, places, groups, numbers)
+        return cls(tokens, weights, places, groups)
 
     @property
     def largest(self) -> int:
@@ -154,13 +158,13 @@ def _batches(counts: list[int], first: int, last: int, limit: int, filling: int,
 
 def _groups(counts: list[int], batches: list[Batch], limit: int) -> Iterator[Group]:
     """As many batches next to each other as stay below the limit."""
-    begin = row = pair = expert = rows = pairs = 0
+    row = pair = expert = 0
+    members: list[Batch] = []
     for index, batch in enumerate(batches):
-        more = batch.experts * batch.size
-        if rows and rows + more > limit:
-            yield Group(slice(row, row + rows), slice(pair, pair + pairs), slice(begin, index), batches[begin:index])
-            begin, row, pair, rows, pairs = index, row + rows, pair + pairs, 0, 0
-        rows += more
-        pairs += sum(counts[expert : expert + batch.experts])
-        expert += batch.experts
-    yield Group(slice(row, row + rows), slice(pair, pair + pairs), slice(begin, len(batches)), batches[begin:])
+        members.append(batch)
+        rows = sum(member.num_rows for member in members)
+        if index + 1 == len(batches) or rows + batches[index + 1].num_rows > limit:
+            experts = slice(expert, expert + sum(member.experts for member in members))
+            pairs = slice(pair, pair + sum(counts[experts]))
+            yield Group(slice(row, row + rows), pairs, experts, members)
+            row, pair, expert, members = row + rows, pairs.stop, experts.stop, []

@@ -58,18 +58,17 @@ def _mixture(
     out_TH = plan.room_for(x)
     hidden = x.new_empty(plan.num_rows if keep else plan.largest, gate_up.shape[2])
     rows_buffer, product_buffer = x.new_empty(plan.largest, x.shape[1]), x.new_empty(plan.largest, down.shape[1])
-    gate_up_parts, down_parts = gate_up.split(plan.batches), down.split(plan.batches)
     for group in plan.groups:
         count = group.num_rows
         rows, product = plan.gather(x, group, rows_buffer[:count]), product_buffer[:count]
         both = hidden[group.rows] if keep else hidden[:count]
         gate, up = both.chunk(2, dim=-1)
-        _multiply(group.cut(rows), gate_up_parts[group.among], group.cut(both))
+        _multiply(group.cut(rows), group.share(gate_up), group.cut(both))
         _silu_into(gate, out=product).mul_(up)
         if plan.weights is not None:
             product.mul_(plan.scales(group, x.dtype))
         out = rows_buffer[:count]
-        _multiply(group.cut(product), down_parts[group.among], group.cut(out))
+        _multiply(group.cut(product), group.share(down), group.cut(out))
         plan.put(out_TH, out, group)
     return out_TH.to(x.dtype), hidden if keep else x.new_empty(0)
 
@@ -87,15 +86,12 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
     width = down.shape[1]
     buffers = [x.new_empty(plan.largest, columns) for columns in (x.shape[1], x.shape[1], 2 * width, width, width)]
     grad = grad.contiguous()
-    gate_up_parts, down_parts = gate_up.mT.split(plan.batches), down.mT.split(plan.batches)
-    grad_gate_up_parts = () if grad_gate_up is None else grad_gate_up.split(plan.batches)
-    grad_down_parts = () if grad_down is None else grad_down.split(plan.batches)
     for group in plan.groups:
         count = group.num_rows
         grads, rows, grad_both, grad_product, product = (buffer[:count] for buffer in buffers)
         grads = plan.gather(grad, group, grads, blank=True)
         grads_parts = group.cut(grads)
-        _multiply(grads_parts, down_parts[group.among], group.cut(grad_product))
+        _multiply(grads_parts, group.share(down.mT), group.cut(grad_product))
         (gate, up), (grad_gate, grad_up) = hidden[group.rows].chunk(2, dim=-1), grad_both.chunk(2, dim=-1)
         _silu_into(gate, out=product)
         if grad_weights is not None:
@@ -109,12 +105,12 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ..
         _silu_backward_into(grad_product.mul_(up), gate, grad_input=grad_gate)
         grad_both_parts = group.cut(grad_both)
         if grad_down is not None:
-            _multiply([part.mT for part in group.cut(product)], grads_parts, grad_down_parts[group.among])
+            _multiply([part.mT for part in group.cut(product)], grads_parts, group.share(grad_down))
         if grad_gate_up is not None:
             given = plan.gather(x, group, rows)
-            _multiply([part.mT for part in group.cut(given)], grad_both_parts, grad_gate_up_parts[group.among])
+            _multiply([part.mT for part in group.cut(given)], grad_both_parts, group.share(grad_gate_up))
         if grad_x is not None:
-            _multiply(grad_both_parts, gate_up_parts[group.among], group.cut(rows))
+            _multiply(grad_both_parts, group.share(gate_up.mT), group.cut(rows))
             plan.put(grad_x, rows, group)
     return (
         None if grad_x is None else grad_x.to(x.dtype),
