@@ -1,14 +1,16 @@
 """Which rows experts on a CPU work on together: few enough to stay in cache, and of equal number where that is cheap.
 
-Below float32, experts that stand next to each other are filled up to as many rows each, so that one batched product
-serves them all: up to twice as fast as one product after the other, even with the rows that belong to no token.
+Experts with about as many rows are filled up to as many each, so that one batched product serves them all, faster than
+one product after the other even with the rows that belong to no token. A batched product takes experts at any distance
+from each other, but the same one from each to the next: below float32, experts that stand side by side, whose numbers
+may differ widely (fewer rows more take no time there); in float32, two of any, the most alike.
 
 Shape legend: T tokens, S (token, expert) pairs sorted by expert, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,32 +20,36 @@ from torch import Tensor
 _AT_ONCE = 1 << 20
 """Elements of the widest tensor of the experts that are worked on together."""
 _FILLING = 1 << 16
-"""Elements of filling per expert that a batch is worth. In float32 it is worth none: a product of few rows runs as fast
-as one of many there, and rows that need not be moved are taken where they are."""
+"""Below float32: elements of filling per expert that a batch is worth."""
 _MULTIPLE = 32
 """Below float32 oneDNN prepares a kernel for every number of rows it has not seen lately, which takes longer than the
 product itself. So there every expert gets a multiple of this, and there are few such numbers."""
+_FEW = 512
+"""In float32: rows per expert (mean) up to which two are faster together than one after the other."""
+_ALIKE = 0.875
+"""In float32: the rows of the expert with fewer that a pair is worth, of the rows of that with more."""
 
 
 class Batch(NamedTuple):
-    """Experts next to each other, one product for all."""
+    """Experts that one product serves."""
 
-    experts: int
+    experts: slice
+    number: int
     size: int
     """Rows of each."""
 
     @property
     def num_rows(self) -> int:
-        return self.experts * self.size
+        return self.number * self.size
 
 
 @dataclass(frozen=True)
 class Group:
-    """Batches next to each other that are worked on together."""
+    """Batches that are worked on together; their rows lie next to each other."""
 
     rows: slice
     pairs: slice
-    experts: slice
+    """Those of the rows, as far as experts are in order."""
     batches: list[Batch]
 
     @property
@@ -54,11 +60,11 @@ class Group:
         """The group's rows, [rows, width] -> of each batch [experts, size, width]."""
         width = rows.shape[1]
         parts = rows.split([batch.num_rows for batch in self.batches])
-        return [part.view(*batch, width) for part, batch in zip(parts, self.batches, strict=True)]
+        return [part.view(batch.number, batch.size, width) for part, batch in zip(parts, self.batches, strict=True)]
 
-    def share(self, weights: Tensor) -> Sequence[Tensor]:
-        """Weights of all experts, [E, ...] -> those of each batch [experts, ...]."""
-        return weights[self.experts].split([batch.experts for batch in self.batches])
+    def share(self, weights: Tensor) -> list[Tensor]:
+        """Weights of all experts, [E, ...] -> those of each batch [experts, ...], where they are."""
+        return [weights[batch.experts] for batch in self.batches]
 
 
 @dataclass
@@ -66,11 +72,14 @@ class Plan:
     """Which rows are worked on together, where they come from and where they go."""
 
     tokens: Tensor | None
-    """int64 [rows]: the token of every row; None where rows are taken as they come."""
+    """int64 [rows]: the token of every row (without weights: its pair; 0 in rows that fill up); None where rows are
+    taken as they come."""
     weights: Tensor | None
     """float32 (or wider) [rows], 0 in rows that fill up; None without tokens."""
     places: Tensor | None
-    """int64 [S]: the row of each pair, where rows were added that fill up."""
+    """int64 [S]: the row of each pair, where rows were moved."""
+    spare: Tensor | None
+    """bool [rows]: those that fill up, where rows were moved."""
     groups: list[Group]
 
     @classmethod
@@ -79,24 +88,27 @@ class Plan:
     ) -> Plan:
         """width: of the widest tensor that is made of a row."""
         precise = torch.promote_types(dtype, torch.float32)
-        whole, limit = dtype == precise, max(1, _AT_ONCE // width)
         counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
-        counts = counts_E.tolist()
-        filling, multiple = (0, 1) if whole else (_FILLING // width, _MULTIPLE)
-        batches = list(_batches(counts, 0, len(counts), limit, filling, multiple))
+        counts, limit = counts_E.tolist(), max(1, _AT_ONCE // width)
+        if dtype != precise:
+            batches = list(_neighbours(counts, 0, len(counts), limit, _FILLING // width))
+        elif tokens_S is not None and sum(counts) <= _FEW * len(counts):
+            batches = list(_pairs(counts, limit))
+        else:
+            batches = _alone(counts)
         groups = list(_groups(counts, batches, limit))
-        if whole:
-            return cls(tokens_S, weights_S, None, groups)
-        sizes_E = torch.tensor([batch.size for batch in batches for _ in range(batch.experts)])
-        shifts_E = (sizes_E.cumsum(0) - sizes_E) - (ends_E - counts_E)
+        if batches == _alone(counts):
+            return cls(tokens_S, weights_S, None, None, groups)
+        shifts_E = torch.tensor(_starts(batches)) - (ends_E - counts_E)
         pairs = torch.arange(sum(counts))
         places = pairs + shifts_E.repeat_interleave(counts_E, output_size=len(pairs))
         tokens = places.new_zeros(groups[-1].rows.stop)
         tokens.index_copy_(0, places, pairs if tokens_S is None else tokens_S)
+        spare = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, places, False)
         weights = None
         if weights_S is not None:
             weights = torch.zeros(len(tokens), dtype=precise).index_copy_(0, places, weights_S.to(precise))
-        return cls(tokens, weights, places, groups)
+        return cls(tokens, weights, places, spare, groups)
 
     @property
     def largest(self) -> int:
@@ -118,10 +130,8 @@ class Plan:
         if self.tokens is None:
             return x[group.rows]
         torch.index_select(x, 0, self.tokens[group.rows], out=into)
-        if blank and self.weights is None and self.places is not None:
-            filled = torch.ones(len(into), dtype=torch.bool)
-            filled.index_fill_(0, self.places[group.pairs] - group.rows.start, False)
-            into.index_fill_(0, filled.nonzero().squeeze(1), 0)
+        if blank and self.weights is None and self.spare is not None:
+            into.index_fill_(0, self.spare[group.rows].nonzero().squeeze(1), 0)
         return into
 
     def put(self, out: Tensor, rows: Tensor, group: Group) -> None:
@@ -143,28 +153,61 @@ class Plan:
         return rows if self.places is None else rows.index_select(0, self.places)
 
 
-def _batches(counts: list[int], first: int, last: int, limit: int, filling: int, multiple: int) -> Iterator[Batch]:
+def _alone(counts: list[int]) -> list[Batch]:
+    """Every expert for itself, one after the other."""
+    return [Batch(slice(expert, expert + 1), 1, count) for expert, count in enumerate(counts)]
+
+
+def _pairs(counts: list[int], limit: int) -> Iterator[Batch]:
+    """Two experts each, wherever they stand, if their rows are few, and about as many for both."""
+    waiting: int | None = None
+    for expert in sorted(range(len(counts)), key=counts.__getitem__, reverse=True):
+        if waiting is None:
+            waiting = expert
+        elif counts[expert] >= _ALIKE * counts[waiting] and 2 * counts[waiting] <= limit:
+            first, last = sorted((waiting, expert))
+            yield Batch(slice(first, last + 1, last - first), 2, counts[waiting])
+            waiting = None
+        else:
+            yield Batch(slice(waiting, waiting + 1), 1, counts[waiting])
+            waiting = expert
+    if waiting is not None:
+        yield Batch(slice(waiting, waiting + 1), 1, counts[waiting])
+
+
+def _neighbours(counts: list[int], first: int, last: int, limit: int, filling: int) -> Iterator[Batch]:
     """The experts from first to last (exclusive) as one batch if their rows are few, and about as many for each; else
     each half for itself."""
     number = last - first
-    size = -(-max(counts[first:last]) // multiple) * multiple
+    size = -(-max(counts[first:last]) // _MULTIPLE) * _MULTIPLE
     if number == 1 or (number * size <= limit and number * (size - filling) <= sum(counts[first:last])):
-        yield Batch(number, size)
+        yield Batch(slice(first, last), number, size)
         return
     middle = first + number // 2
-    yield from _batches(counts, first, middle, limit, filling, multiple)
-    yield from _batches(counts, middle, last, limit, filling, multiple)
+    yield from _neighbours(counts, first, middle, limit, filling)
+    yield from _neighbours(counts, middle, last, limit, filling)
+
+
+def _starts(batches: list[Batch]) -> list[int]:
+    """The first row of each expert, when rows lie in the order of the batches."""
+    experts = range(max(batch.experts.stop for batch in batches))
+    starts, row = [0] * len(experts), 0
+    for batch in batches:
+        for expert in experts[batch.experts]:
+            starts[expert] = row
+            row += batch.size
+    return starts
 
 
 def _groups(counts: list[int], batches: list[Batch], limit: int) -> Iterator[Group]:
-    """As many batches next to each other as stay below the limit."""
-    row = pair = expert = 0
+    """As many batches one after the other as stay below the limit."""
+    row = pair = rows = pairs = 0
     members: list[Batch] = []
-    for index, batch in enumerate(batches):
+    for batch in batches:
+        if members and rows + batch.num_rows > limit:
+            yield Group(slice(row, row + rows), slice(pair, pair + pairs), members)
+            row, pair, rows, pairs, members = row + rows, pair + pairs, 0, 0, []
         members.append(batch)
-        rows = sum(member.num_rows for member in members)
-        if index + 1 == len(batches) or rows + batches[index + 1].num_rows > limit:
-            experts = slice(expert, expert + sum(member.experts for member in members))
-            pairs = slice(pair, pair + sum(counts[experts]))
-            yield Group(slice(row, row + rows), pairs, experts, members)
-            row, pair, expert, members = row + rows, pairs.stop, experts.stop, []
+        rows += batch.num_rows
+        pairs += sum(counts[batch.experts])
+    yield Group(slice(row, row + rows), slice(pair, pair + pairs), members)

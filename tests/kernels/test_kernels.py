@@ -89,8 +89,10 @@ def test_experts_with_many_rows_one_and_none(
         assert (result.double() - expected).norm() <= tolerance * expected.norm()
 
 
-def test_mixture_of_experts_with_many_tokens_few_and_none() -> None:
+@pytest.mark.parametrize("alike", [1.0, 0.1], ids=["alone", "in pairs"])
+def test_mixture_of_experts_with_many_tokens_few_and_none(alike: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token 0 goes to three experts, token 6 to none."""
+    monkeypatch.setattr(aria_train.kernels.batches, "_ALIKE", alike)
     experts = [[0, 1, 2, 3, 4, 5], [], [0], [0, 3], []]
     tokens, ends = (
         torch.tensor([token for chosen in experts for token in chosen]),
@@ -132,11 +134,41 @@ def test_experts_of_about_as_many_rows_share_a_product(
     monkeypatch.setattr(aria_train.kernels.batches, "_AT_ONCE", 1000 * 16)
     monkeypatch.setattr(aria_train.kernels.batches, "_FILLING", 40 * 16)
     plan = Plan.of(None, None, torch.tensor(counts).cumsum(0).int(), torch.bfloat16, 16)
-    assert [tuple(batch) for group in plan.groups for batch in group.batches] == wanted
+    assert [(batch.number, batch.size) for group in plan.groups for batch in group.batches] == wanted
     assert plan.num_rows == sum(experts * size for experts, size in wanted)
     assert sum(group.pairs.stop - group.pairs.start for group in plan.groups) == sum(counts)
     assert plan.places is not None
     assert len(plan.places.unique()) == sum(counts)
+
+
+@pytest.mark.parametrize(
+    ("counts", "wanted"),
+    [
+        ([5, 5], [([0, 1], 5)]),
+        ([7, 64, 2, 60, 8], [([1, 3], 64), ([0, 4], 8), ([2], 2)]),
+        ([0, 3, 0], [([1], 3), ([0, 2], 0)]),
+        ([1, 100, 10], [([1], 100), ([2], 10), ([0], 1)]),
+        ([80, 80], [([0], 80), ([1], 80)]),
+        ([100, 200, 300], [([0], 100), ([1], 200), ([2], 300)]),
+    ],
+    ids=["equal", "alike", "empty", "unlike", "too large together", "many rows"],
+)
+def test_in_float32_the_two_experts_most_alike_share_a_product(
+    counts: list[int], wanted: list[tuple[list[int], int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aria_train.kernels.batches, "_AT_ONCE", 150 * 16)
+    monkeypatch.setattr(aria_train.kernels.batches, "_FEW", 190)
+    pairs, ends = torch.arange(sum(counts)), torch.tensor(counts).cumsum(0).int()
+    plan = Plan.of(pairs, torch.ones(len(pairs)), ends, torch.float32, 16)
+    batches = [batch for group in plan.groups for batch in group.batches]
+    assert [([*range(len(counts))[batch.experts]], batch.size) for batch in batches] == wanted
+    assert all(batch.number == len(experts) for batch, (experts, _) in zip(batches, wanted, strict=True))
+    assert plan.tokens is not None
+    own = pairs if plan.places is None else plan.places
+    assert plan.tokens[own].equal(pairs)
+    rows = [expert for experts, size in wanted for expert in experts for _ in range(size)]
+    expert_of_pair = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    assert torch.tensor(rows)[own].equal(expert_of_pair)
 
 
 def test_weighted_sum_of_each_tokens_rows() -> None:
