@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--turns 5]        python -m benchmarks.gpu --tiny     the same code on any machine
 
 Three parts: both sides in turns, with as many layers as hold both; ours alone, with as many layers as fit, windows of
-8K; ours alone, one window of 64K. Hidden size 2560, 64 experts of 1664, six of them per token, vocabulary 100,352,
+8K; ours alone, one window of 64K. The first two as written and with train.compile. Hidden size 2560, 64 experts of 1664, six of them per token, vocabulary 100,352,
 bf16 with float32 master weights, natural routing.
 """
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from aria_train.batch import MicroBatch
 from aria_train.config import ModelConfig, OptimizerConfig, ParallelConfig
 from aria_train.data.work import forward_flops
+from aria_train.kernels.compiled import compile_chains
 from aria_train.model import AriaModel
 from aria_train.model.hf.config import hf_config
 from aria_train.model.init import initialise
@@ -42,6 +43,7 @@ class Size:
     tokens: int = 8192
     windows: int = 1
     recompute: Recompute = "selective"
+    compile: bool = False
     tiny: bool = False
 
     def model(self) -> ModelConfig:
@@ -54,7 +56,8 @@ class Size:
 
     def __str__(self) -> str:
         windows = f"{self.windows} x " if self.windows > 1 else ""
-        return f"{self.layers} layers, {windows}{self.tokens:,} tokens, recompute {self.recompute}"
+        compiled = ", compiled" if self.compile else ""
+        return f"{self.layers} layers, {windows}{self.tokens:,} tokens, recompute {self.recompute}{compiled}"
 
 
 def main() -> None:
@@ -70,16 +73,17 @@ def main() -> None:
     ceiling = gemm_ceiling(torch.bfloat16, 512 if tiny else 8192)
     print(", ".join(f"{k} {v}" for k, v in machine().items()), f"bf16 GEMM {ceiling / 1e12:.1f} TFLOP/s", sep=", ")
 
-    show([side_by_side(Size(1 if tiny else 2, 64 if tiny else 8192, tiny=tiny), device, turns, ceiling)])
-    for size in (
-        Size(2 if tiny else MOST_LAYERS, 64 if tiny else 8192, tiny=tiny),
-        Size(2 if tiny else MOST_LAYERS, 256 if tiny else 65536, recompute="full", tiny=tiny),
-    ):
+    both = Size(1 if tiny else 2, 64 if tiny else 8192, tiny=tiny)
+    for size in (both, replace(both, compile=True)):
+        show([side_by_side(size, device, turns, ceiling)])
+    most = Size(2 if tiny else MOST_LAYERS, 64 if tiny else 8192, tiny=tiny)
+    for size in (most, replace(most, compile=True), replace(most, tokens=256 if tiny else 65536, recompute="full")):
         print(json.dumps(alone(size, device, turns, ceiling)), flush=True)
     dist.destroy_process_group()
 
 
 def side_by_side(size: Size, device: torch.device, turns: int, ceiling: float) -> Row:
+    clean()
     comparison = compare(build_ours(size, device), build_theirs(size, device), turns, warmup=2)
     share = flops(size) / comparison.seconds[0] / ceiling
     return Row("training step, full width", "transformers' Aria, grouped_mm", comparison, f"bf16, {size}", share)
@@ -130,6 +134,7 @@ def build_ours(size: Size, device: torch.device) -> Run:
     with torch.device("meta"):
         model = AriaModel(config)
     model.set_recompute(size.recompute)
+    compile_chains(size.compile, device)
     parallelize(model, meshes, "bf16")
     model.to_empty(device=device)
     initialise(model, config.init_std, seed=0)

@@ -5,7 +5,7 @@ and checks everything that can be checked before anything is allocated. Errors n
 what was given, what is allowed, and the nearest valid key.
 """
 
-from aria_train.config.fields import Part
+from aria_train.config.fields import AdamKernel, Part
 from aria_train.config.reading import dump_config, load_config
 from aria_train.config.run import RunConfig, check_world
 from aria_train.config.sections import (
@@ -27,6 +27,7 @@ from aria_train.config.sections import (
 )
 
 __all__ = [
+    "AdamKernel",
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",

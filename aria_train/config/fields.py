@@ -35,6 +35,8 @@ Number = Annotated[float, BeforeValidator(_parse_float), Field(allow_inf_nan=Fal
 AboveZero = Annotated[Number, Field(gt=0)]
 Part = Literal["decoder", "vision", "projector"]
 """A part of the model that a stage may start from elsewhere, freeze, or give a learning rate of its own."""
+AdamKernel = Literal["torch", "apex", "transformer_engine"]
+"""Whose kernel computes AdamW's update."""
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]

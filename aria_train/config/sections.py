@@ -7,7 +7,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from aria_train.config.fields import AboveZero, Decay, NonNegative, Number, Part, Positive, Section, Share, Tokens
+from aria_train.config.fields import (
+    AboveZero,
+    AdamKernel,
+    Decay,
+    NonNegative,
+    Number,
+    Part,
+    Positive,
+    Section,
+    Share,
+    Tokens,
+)
 
 
 class VisionConfig(Section):
@@ -151,6 +162,8 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW. Norm gains, biases and other vectors are not decayed."""
 
+    kernel: AdamKernel = "torch"
+    """Whose fused kernel computes the update: PyTorch's; or that of apex or Transformer Engine, if installed."""
     lr: Annotated[Number, Field(gt=0)] = 3e-4
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Annotated[Number, Field(gt=0)] = 1e-8
@@ -217,6 +230,9 @@ class TrainConfig(Section):
     """bf16 computes in bfloat16; master weights, reductions and optimizer state are fp32 in both."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none; all but the dear ones (GEMMs, attention); whole layers."""
+    compile: bool = False
+    """Fuse what lies between products and attention (norms, rotations, SwiGLU, routing, the loss) with torch.compile,
+    in the course of the first step: for GPUs. On a CPU it needs a C++ compiler, and little is gained."""
     profile: Annotated[int, Field(ge=0, le=100)] = 0
     """Steps, after two that warm up, of which `profile/` in the run directory gets a trace and a table of where the
     time goes; 0 = none."""

@@ -1,9 +1,10 @@
 """What the model computes most, in the fewest passes over memory that a CPU can do it in.
 
-PyTorch fuses these for CUDA; for a CPU it strings together one pass per multiplication, each with a fresh tensor and,
-for autograd, a kept one. Here each is one operation with a backward pass of its own: buffers are written in place, in
-blocks that stay in cache, and what is cheap to compute again is not kept. Plain tensor operations throughout: nothing
-to compile. The functions of this package are for CPU tensors; `on_cpu` is how callers choose.
+PyTorch strings together one pass per multiplication, each with a fresh tensor and, for autograd, a kept one. Here each
+is one operation with a backward pass of its own: buffers are written in place, in blocks that stay in cache, and what
+is cheap to compute again is not kept. Plain tensor operations throughout: nothing to compile. These functions are for
+CPU tensors; `on_cpu` and `by_hand` are how callers choose. `compiled.py` is the other way to the same end, on any
+device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from aria_train.kernels import compiled
+
 _BLOCK = 1 << 18
 """Elements that a chain of operations works on at a time: with its few buffers it stays in the second-level cache."""
 
@@ -20,6 +23,11 @@ _BLOCK = 1 << 18
 def on_cpu(x: Tensor) -> bool:
     """Whether to take a function of this package rather than PyTorch's own. Fake tensors stand for a GPU's."""
     return x.device.type == "cpu" and not isinstance(x, FakeTensor)
+
+
+def by_hand(x: Tensor) -> bool:
+    """The same for what torch.compile makes too, and then is left to it."""
+    return on_cpu(x) and not compiled.enabled()
 
 
 def blocks(x: Tensor) -> Iterator[slice]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from aria_train import kernels
 from aria_train.batch import MicroBatch
 from aria_train.config import ModelConfig
+from aria_train.kernels.compiled import chain
 from aria_train.kernels.norm import rms_norm
 from aria_train.model.attention import document_attention
 from aria_train.model.cache import Cache
@@ -52,9 +53,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.on_cpu(x):
-            return rms_norm(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return (rms_norm if kernels.by_hand(x) else _rms_norm)(x, self.weight, self.eps)
+
+
+@chain
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class Attention(nn.Module):

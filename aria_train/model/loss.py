@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from aria_train import kernels
+from aria_train.kernels import compiled
+from aria_train.kernels.compiled import chain
 
 _CHUNK_LOGITS = 2**25
 """Logits held at once (positions x vocabulary)."""
@@ -87,13 +89,22 @@ class _Tile:
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, labels: Tensor, columns: slice, keep: bool) -> _Tile:
-        logits = (x @ weight[columns].T).float()
+        logits = x @ weight[columns].T
         label = (labels - columns.start).clamp(0, logits.shape[1] - 1)
         labelled = label + columns.start == labels
-        target = logits.gather(1, label) * labelled
-        peak = logits.amax(-1, keepdim=True)
-        total = logits.sub_(peak).exp_().sum(-1, keepdim=True)
-        return cls(columns, logits.to(x.dtype) if keep else None, peak, total, label, labelled, target)
+        target = logits.gather(1, label).float() * labelled
+        exponentials, peak, total = _exponentials(logits)
+        return cls(columns, exponentials if keep else None, peak, total, label, labelled, target)
+
+
+@chain
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits less each row's largest, as exponentials; that largest, and their sum, float32 [R, 1] each. The logits may
+    be overwritten."""
+    precise = logits.float()
+    peak = precise.amax(-1, keepdim=True)
+    precise = (precise - peak).exp() if compiled.enabled() else precise.sub_(peak).exp_()
+    return precise.to(logits.dtype), peak, precise.sum(-1, keepdim=True)
 
 
 def _gradients(

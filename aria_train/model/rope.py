@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aria_train import kernels
+from aria_train.kernels.compiled import chain
 from aria_train.kernels.rope import rotate
 
 
@@ -18,8 +19,11 @@ def rope_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates [T, heads, head_dim] by its tables; element i pairs with element i + head_dim / 2."""
-    if kernels.on_cpu(x):
-        return rotate(x, cos, sin)
+    return rotate(x, cos, sin) if kernels.by_hand(x) else _rotate(x, cos, sin)
+
+
+@chain
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from aria_train import kernels
+from aria_train.kernels.compiled import chain
 from aria_train.kernels.experts import grouped_swiglu, mixture
 from aria_train.kernels.swiglu import swiglu
 
@@ -41,7 +42,7 @@ class GroupedExperts(nn.Module):
     def compose(self, rows_SH: Tensor, offsets_E: Tensor) -> Tensor:
         """The same, as separate grouped products."""
         gate_SF, up_SF = self.multiply("gate_up", rows_SH, offsets_E).chunk(2, dim=-1)
-        return self.multiply("down", F.silu(gate_SF) * up_SF, offsets_E)
+        return self.multiply("down", _swiglu(gate_SF, up_SF), offsets_E)
 
     def multiply(self, name: str, rows_SI: Tensor, offsets_E: Tensor) -> Tensor:
         """Rows times the weights of that name, each row its expert's."""
@@ -59,8 +60,13 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         gate_TF, up_TF = self.gate(x_TH), self.up(x_TH)
-        out: Tensor = self.down(swiglu(gate_TF, up_TF) if kernels.on_cpu(x_TH) else F.silu(gate_TF) * up_TF)
+        out: Tensor = self.down((swiglu if kernels.by_hand(x_TH) else _swiglu)(gate_TF, up_TF))
         return out
+
+
+@chain
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 def local(parameter: Tensor) -> Tensor:

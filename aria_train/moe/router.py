@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aria_train.kernels.compiled import chain
+
 
 @dataclass
 class RouterStats:
@@ -38,13 +40,17 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TH.float(), self.weight.float())
         top_logits_TK, experts_TK = logits_TE.topk(self.top_k, dim=-1)
         weights_TK = top_logits_TK.softmax(-1)
-        return weights_TK, experts_TK, _statistics(logits_TE, experts_TK)
+        return weights_TK, experts_TK, RouterStats(*_statistics(logits_TE, experts_TK))
 
 
-def _statistics(logits_TE: Tensor, experts_TK: Tensor) -> RouterStats:
+@chain
+def _statistics(logits_TE: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_partition_T = logits_TE.logsumexp(-1)
     probs_TE = (logits_TE - log_partition_T[:, None]).exp()
     with torch.no_grad():
-        counts_E = torch.bincount(experts_TK.flatten(), minlength=logits_TE.shape[1]).float()
+        # torch.bincount would have the host wait for a GPU; float32 counts exactly up to 2^24.
+        experts_R = experts_TK.flatten()
+        counts_E = torch.zeros(logits_TE.shape[1], device=logits_TE.device)
+        counts_E.index_add_(0, experts_R, torch.ones(experts_R.shape, device=logits_TE.device))
         entropy_T = log_partition_T - (probs_TE * logits_TE).sum(-1)
-    return RouterStats(counts_E, probs_TE.sum(0), log_partition_T.square().sum(), entropy_T.sum())
+    return counts_E, probs_TE.sum(0), log_partition_T.square().sum(), entropy_T.sum()

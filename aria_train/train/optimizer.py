@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from aria_train.config import OptimizerConfig, RunConfig
 from aria_train.model.aria import part_of
 from aria_train.parallel.shard import is_expert_parameter
+from aria_train.train.multi_tensor import MultiTensorAdamW, find_update
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -22,16 +24,15 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         if parameter.requires_grad:
             key = (is_expert_parameter(name), parameter.ndim > 1, config.lr_scale.get(part_of(name), 1.0))
             groups.setdefault(key, []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0, "lr_scale": scale}
-            for (_, decayed, scale), parameters in groups.items()
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    settings = [
+        {"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0, "lr_scale": scale}
+        for (_, decayed, scale), parameters in groups.items()
+    ]
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.kernel == "torch":
+        return torch.optim.AdamW(settings, fused=True, **options)
+    device = next(model.parameters()).device
+    return MultiTensorAdamW(settings, find_update(config.kernel, device), **options)
 
 
 def learning_rate(config: RunConfig, tokens: int) -> float:

@@ -125,8 +125,9 @@ _FREE = {
     "data": {"tokenizer", "validation", "workers", "prefetch_batches"},
     "train": {
         "micro_batch_size", "max_tokens", "max_steps", "precision", "recompute", "run_dir", "eval_interval_steps",
-        "eval_windows", "device", "profile",
+        "eval_windows", "device", "profile", "compile",
     },
+    "optimizer": {"kernel"},
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from aria_train.data.loader import Loader
 from aria_train.errors import ConfigError, Stopped
 from aria_train.eval.loss import evaluate_loss
 from aria_train.eval.probes import Probes
+from aria_train.kernels.compiled import compile_chains
 from aria_train.model import AriaModel
 from aria_train.model.aria import part_of
 from aria_train.model.lora import add_adapters, is_adapter
@@ -187,6 +188,9 @@ class Trainer:
         with torch.device("meta"):
             model = AriaModel(config.model)
         model.set_recompute(config.train.recompute)
+        compile_chains(config.train.compile, self.device)
+        if config.train.compile:
+            self.console.message("train.compile: the first step compiles too, which may take a minute")
         for name, parameter in model.named_parameters():
             if part_of(name) in config.train.freeze:
                 parameter.requires_grad_(False)

@@ -46,15 +46,17 @@ LAYOUTS = {
     "EP 4": (4, 4, None, 3, "none"),
     "2 replicas of ZeRO 2": (4, 1, 2, 1, "none"),
     "2 replicas of EP 2": (4, 2, 2, 3, "selective"),
+    "EP 2, selective, compiled": (2, 2, None, 2, "selective"),
 }
 
 
-def configured(base: RunConfig, run_dir: Path, layout: tuple[int, int, int | None, int, str]) -> RunConfig:
-    _, expert, group, micro, recompute = layout
+def configured(base: RunConfig, run_dir: Path) -> RunConfig:
+    _, expert, group, micro, recompute = LAYOUTS[run_dir.name]
+    compiled = "compiled" in run_dir.name
     return with_values(
         base,
         parallel={"expert_parallel_size": expert, "zero_group_size": group},
-        train={"micro_batch_size": micro, "recompute": recompute, "run_dir": str(run_dir)},
+        train={"micro_batch_size": micro, "recompute": recompute, "compile": compiled, "run_dir": str(run_dir)},
     )
 
 
@@ -108,7 +110,7 @@ def trained(
     results = {}
     for ranks in sorted({layout[0] for layout in LAYOUTS.values()}):
         names = [name for name, layout in LAYOUTS.items() if layout[0] == ranks]
-        configs = [configured(base, folder / name, LAYOUTS[name]) for name in names]
+        configs = [configured(base, folder / name) for name in names]
         weights = run_distributed(train_all, ranks, configs)[0]
         results.update({name: (read_steps(folder / name), final) for name, final in zip(names, weights, strict=True)})
     return results

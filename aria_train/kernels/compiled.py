@@ -1,0 +1,66 @@
+"""Chains of elementwise operations that torch.compile makes one pass over memory of, where a run asks for it.
+
+Only what lies between the products is compiled: weights, collectives and documents stay outside, so that sharding,
+adapters and recomputation are none of the compiler's business. A setting of the process, as PyTorch's own backends have
+theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar, cast
+
+import torch
+
+from aria_train.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_enabled = False
+
+
+def compile_chains(enabled: bool, device: torch.device | None = None) -> None:
+    """From here on, every `chain` runs compiled, or as it is written.
+
+    Raises ConfigError where torch.compile cannot make anything for the device.
+    """
+    global _enabled
+    if enabled:
+        _try(device or torch.device("cpu"))
+    _enabled = enabled
+
+
+def enabled() -> bool:
+    return _enabled
+
+
+def chain(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, compiled when `compile_chains` says so. Tensors alone, and no loop over their sizes."""
+
+    @cache  # torch.compile imports for a second: not before it is wanted
+    def compiled() -> Callable[P, R]:
+        return cast(Callable[P, R], torch.compile(function))
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        return compiled()(*args, **kwargs) if _enabled else function(*args, **kwargs)
+
+    return run
+
+
+def _try(device: torch.device) -> None:
+    try:
+        torch.compile(_increment)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever the compiler's tool chain makes of its absence
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"train.compile is true, but torch.compile makes nothing for {device.type} here: {reason}. It needs a C++ "
+            "compiler (g++) for a CPU, and Triton, which comes with PyTorch for CUDA, for a GPU. Install it, or set "
+            "train.compile=false: slower, and everything else is the same."
+        ) from error
+
+
+def _increment(x: torch.Tensor) -> torch.Tensor:
+    return x + 1

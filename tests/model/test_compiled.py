@@ -1,0 +1,69 @@
+"""`train.compile`: the same numbers, whatever else is chosen, and one clear error where nothing can be compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from aria_train.config import dump_config
+from aria_train.kernels.compiled import compile_chains
+from aria_train.model import AriaModel
+from aria_train.moe.experts import GroupedExperts
+from tests.model.test_decoder import DOCUMENTS, model_config, pack
+from tests.tiny import tiny_config, unequal_corpora
+
+
+@pytest.fixture
+def switched_off() -> Iterator[None]:
+    yield
+    compile_chains(False)
+
+
+def step(model: AriaModel, lengths: int = 1) -> list[Tensor]:
+    """Loss, statistics and gradients of one batch."""
+    model.zero_grad()
+    output = model(pack(DOCUMENTS * lengths))
+    (output.loss_sum + output.router.z_sum.sum() + output.router.prob_sums.square().sum()).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [output.loss_sum.detach(), output.token_losses, output.router.counts, output.router.entropy_sum, *gradients]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("switched_off")
+def test_compiled_chains_change_no_number(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also dispatched, as on a GPU, and with another number of tokens."""
+    model = AriaModel(model_config()).to(dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for mixes, recompute, lengths in ((True, "none", 1), (False, "none", 1), (False, "selective", 2)):
+        monkeypatch.setattr(GroupedExperts, "mixes", mixes)
+        model.set_recompute(recompute)  # type: ignore[arg-type]
+        compile_chains(False)
+        wanted = step(model, lengths)
+        compile_chains(True)
+        found = step(model, lengths)
+        for a, b in zip(found, wanted, strict=True):
+            assert a.dtype == b.dtype
+            assert (a - b).float().norm() <= tolerance * b.float().norm()
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+
+
+def test_without_a_compiler_one_error_before_anything_starts(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", unequal_corpora(tmp_path / "corpora"))
+    file = tmp_path / "stage.yaml"
+    file.write_text(dump_config(config))
+    environment = os.environ | {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "aria_train", "train", str(file), "train.compile=true"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "train.compile=false" in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
