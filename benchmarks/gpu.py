@@ -3,8 +3,8 @@
     python -m benchmarks.gpu [--turns 5]        python -m benchmarks.gpu --tiny     the same code on any machine
 
 Three parts: both sides in turns, with as many layers as hold both; ours alone, with as many layers as fit, windows of
-8K; ours alone, one window of 64K. The first two as written and with train.compile. Hidden size 2560, 64 experts of 1664, six of them per token, vocabulary 100,352,
-bf16 with float32 master weights, natural routing.
+8K; ours alone, one window of 64K. The first two as written and with train.compile. Hidden size 2560, 64 experts of
+1664, six of them per token, vocabulary 100,352, bf16 with float32 master weights, natural routing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """AdamW's update by a multi-tensor kernel of apex or Transformer Engine instead of PyTorch's fused one.
 
-Moments, step counts and groups are those of torch.optim.AdamW, so checkpoints do not depend on the kernel. Seen on a CPU
-with a kernel written in PyTorch in place of theirs; not yet on a GPU.
+Moments, step counts and groups are those of torch.optim.AdamW, so checkpoints do not depend on the kernel. Seen to work
+on a CPU, with a kernel written in PyTorch in place of theirs; not yet on a GPU.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def find_update(kernel: AdamKernel, device: torch.device) -> Update:
     applier_module, extension, how = _KERNELS[kernel]
     instead = "or set optimizer.kernel=torch, PyTorch's own: the same update, fused too."
     if device.type != "cuda":
-        raise ConfigError(f"optimizer.kernel={kernel} needs a GPU, and this run is on {device.type}. Use one, {instead}")
+        raise ConfigError(f"optimizer.kernel={kernel} needs a GPU; this run is on {device.type}. Use one, {instead}")
     try:
         applier = import_module(applier_module).multi_tensor_applier
         update = import_module(extension).multi_tensor_adam

@@ -60,9 +60,9 @@ def test_without_a_compiler_one_error_before_anything_starts(tmp_path: Path) -> 
     config = tiny_config(tmp_path / "run", unequal_corpora(tmp_path / "corpora"))
     file = tmp_path / "stage.yaml"
     file.write_text(dump_config(config))
-    environment = os.environ | {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    nothing = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "aria_train", "train", str(file), "train.compile=true"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | nothing, capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "train.compile=false" in done.stderr

@@ -1,4 +1,4 @@
-"""AdamW by another library's kernel: written here in PyTorch, with the signature that apex and Transformer Engine share."""
+"""AdamW by another library's kernel: here one in PyTorch, with the signature that apex and Transformer Engine share."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ def test_shards_move_where_they_lie() -> None:
 
 @pytest.mark.parametrize("kernel", ["apex", "transformer_engine"])
 def test_an_absent_library_is_named_with_the_alternative(kernel: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"optimizer\.kernel={kernel}: No module named .*\. Install it .*kernel=torch"):
+    with pytest.raises(ConfigError, match=rf"kernel={kernel}: No module named .*\. Install it .*kernel=torch"):
         find_update(kernel, CUDA)
 
 
 @pytest.mark.parametrize("kernel", ["apex", "transformer_engine"])
 def test_no_kernel_for_a_cpu(kernel: Any) -> None:
-    with pytest.raises(ConfigError, match=r"needs a GPU, and this run is on cpu\. .*kernel=torch"):
+    with pytest.raises(ConfigError, match=r"needs a GPU; this run is on cpu\. .*kernel=torch"):
         find_update(kernel, torch.device("cpu"))
 
 
