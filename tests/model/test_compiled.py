@@ -42,6 +42,7 @@ def test_compiled_chains_change_no_number(dtype: torch.dtype, monkeypatch: pytes
     """Also dispatched, as on a GPU, and with another number of tokens."""
     model = AriaModel(model_config()).to(dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    counters.clear()
     for mixes, recompute, lengths in ((True, "none", 1), (False, "none", 1), (False, "selective", 2)):
         monkeypatch.setattr(GroupedExperts, "mixes", mixes)
         model.set_recompute(recompute)  # type: ignore[arg-type]
@@ -52,7 +53,7 @@ def test_compiled_chains_change_no_number(dtype: torch.dtype, monkeypatch: pytes
         for a, b in zip(found, wanted, strict=True):
             assert a.dtype == b.dtype
             assert (a - b).float().norm() <= tolerance * b.float().norm()
-    assert counters["stats"]["unique_graphs"] > 0
+    assert counters["stats"]["unique_graphs"] >= 6
     assert not counters["graph_break"]
 
 
