@@ -6,6 +6,7 @@ any element relative to the largest magnitude of any element of that tensor.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from aria_train.config import RunConfig
 from aria_train.data.loader import Loader
+from aria_train.kernels.compiled import works_here
 from tests.distributed import run_distributed
 from tests.reference import Reference
 from tests.tiny import read_steps, tiny_config, unequal_corpora, with_values
@@ -46,8 +48,9 @@ LAYOUTS = {
     "EP 4": (4, 4, None, 3, "none"),
     "2 replicas of ZeRO 2": (4, 1, 2, 1, "none"),
     "2 replicas of EP 2": (4, 2, 2, 3, "selective"),
-    "EP 2, selective, compiled": (2, 2, None, 2, "selective"),
 }
+if works_here(torch.device("cpu")):
+    LAYOUTS["EP 2, selective, compiled"] = (2, 2, None, 2, "selective")
 
 
 def configured(base: RunConfig, run_dir: Path) -> RunConfig:
@@ -64,6 +67,8 @@ def train_all(configs: list[RunConfig]) -> list[dict[str, Tensor]]:
     """Trains one after the other; rank 0 returns every run's final weights, whole."""
     from aria_train.train.trainer import Trainer
 
+    # Captured, differentiated, recomputed and sharded as ever; only the C++ compiler, a minute long, is left out.
+    torch.compile = partial(torch.compile, backend="aot_eager")
     results = []
     for config in configs:
         trainer = Trainer(config)
