@@ -59,10 +59,10 @@ class MultiTensorAdamW(torch.optim.AdamW):
     def _move(self, group: dict[str, Any], parameters: list[Tensor], step: int) -> None:
         states = [self.state[p] for p in parameters]
         lists = [
-            [_local(p.grad) for p in parameters if p.grad is not None],
-            [_local(p) for p in parameters],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+            [local(p.grad) for p in parameters if p.grad is not None],
+            [local(p) for p in parameters],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
         ]
         overflow = torch.zeros(1, dtype=torch.int32, device=parameters[0].device)
         decoupled, corrected = 1, 1
@@ -79,10 +79,11 @@ def find_update(kernel: AdamKernel, device: torch.device) -> Update:
     try:
         applier = import_module(applier_module).multi_tensor_applier
         update = import_module(extension).multi_tensor_adam
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, OSError) as error:
         raise ConfigError(f"optimizer.kernel={kernel}: {error}. Install it ({how}), {instead}") from error
     return lambda overflow, lists, *numbers: applier(update, overflow, lists, *numbers)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from aria_train.config import OptimizerConfig, RunConfig
 from aria_train.model.aria import part_of
 from aria_train.parallel.shard import is_expert_parameter
-from aria_train.train.multi_tensor import MultiTensorAdamW, find_update
+from aria_train.train.multi_tensor import MultiTensorAdamW, find_update, local
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -62,7 +61,7 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, num_replicas
     Shards of dense and expert parameters are disjoint over the ranks of a replica, so one sum over the world, divided
     by the number of replicas, is the whole model's.
     """
-    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     # In float64: float32 sums of a large tensor are off by 1e-5, depending on how it is cut.
     norms = torch.stack(torch._foreach_norm(gradients, dtype=torch.float64))
     total = norms.square().sum()
@@ -71,7 +70,3 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, num_replicas
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / norm.clamp(min=max_norm)).to(gradients[0].dtype))
     return norm
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
