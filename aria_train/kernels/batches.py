@@ -49,7 +49,7 @@ class Group:
 
     rows: slice
     pairs: slice
-    """Those of the rows, as far as experts are in order."""
+    """Those of the rows, where experts are in order: they always are without weights."""
     batches: list[Batch]
 
     @property
@@ -78,8 +78,6 @@ class Plan:
     """float32 (or wider) [rows], 0 in rows that fill up; None without tokens."""
     places: Tensor | None
     """int64 [S]: the row of each pair, where rows were moved."""
-    spare: Tensor | None
-    """bool [rows]: those that fill up, where rows were moved."""
     groups: list[Group]
 
     @classmethod
@@ -98,17 +96,16 @@ class Plan:
             batches = _alone(counts)
         groups = list(_groups(counts, batches, limit))
         if batches == _alone(counts):
-            return cls(tokens_S, weights_S, None, None, groups)
+            return cls(tokens_S, weights_S, None, groups)
         shifts_E = torch.tensor(_starts(batches)) - (ends_E - counts_E)
         pairs = torch.arange(sum(counts))
         places = pairs + shifts_E.repeat_interleave(counts_E, output_size=len(pairs))
         tokens = places.new_zeros(groups[-1].rows.stop)
         tokens.index_copy_(0, places, pairs if tokens_S is None else tokens_S)
-        spare = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, places, False)
         weights = None
         if weights_S is not None:
             weights = torch.zeros(len(tokens), dtype=precise).index_copy_(0, places, weights_S.to(precise))
-        return cls(tokens, weights, places, spare, groups)
+        return cls(tokens, weights, places, groups)
 
     @property
     def largest(self) -> int:
@@ -130,8 +127,10 @@ class Plan:
         if self.tokens is None:
             return x[group.rows]
         torch.index_select(x, 0, self.tokens[group.rows], out=into)
-        if blank and self.weights is None and self.spare is not None:
-            into.index_fill_(0, self.spare[group.rows].nonzero().squeeze(1), 0)
+        if blank and self.weights is None and self.places is not None:
+            filled = torch.ones(len(into), dtype=torch.bool)
+            filled.index_fill_(0, self.places[group.pairs] - group.rows.start, False)
+            into.index_fill_(0, filled.nonzero().squeeze(1), 0)
         return into
 
     def put(self, out: Tensor, rows: Tensor, group: Group) -> None:

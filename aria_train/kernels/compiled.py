@@ -51,27 +51,17 @@ def chain(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def works_here(device: torch.device) -> bool:
-    """Whether PyTorch's path is one that torch.compile can build with: its C++ compiler takes none with a space."""
-    return device.type != "cpu" or " " not in torch.__file__
-
-
 def _try(device: torch.device) -> None:
-    otherwise = "or set train.compile=false: slower, and everything else is the same."
-    if not works_here(device):
-        raise ConfigError(
-            f"train.compile is true, but torch.compile cannot build for a CPU with PyTorch at {torch.__file__}: the "
-            f"path has a space. Install into a folder without one, {otherwise}"
-        )
     try:
         torch.compile(_increment)(torch.zeros(2, device=device))
     except Exception as error:  # whatever the compiler's tool chain makes of its absence
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"train.compile is true, but torch.compile makes nothing for {device.type} here: {reason}. It needs a C++ "
-            "compiler (g++) for a CPU, and Triton, which comes with PyTorch for CUDA, for a GPU; and a cache that is "
-            f"whole (TORCHINDUCTOR_CACHE_DIR, else torchinductor_{getuser()} in the folder for temporary files), which "
-            f"may be deleted. Mend it, {otherwise}"
+            "compiler (g++) for a CPU, and Triton, which comes with PyTorch for CUDA, for a GPU; a path to PyTorch "
+            f"without spaces ({torch.__file__}); and a whole cache (TORCHINDUCTOR_CACHE_DIR, else "
+            f"torchinductor_{getuser()} in the folder for temporary files), which may be deleted. Mend it, or set "
+            "train.compile=false: slower, and everything else is the same."
         ) from error
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from aria_train import kernels
-from aria_train.kernels import compiled
 from aria_train.kernels.compiled import chain
 
 _CHUNK_LOGITS = 2**25
@@ -103,8 +102,8 @@ def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     be overwritten."""
     precise = logits.float()
     peak = precise.amax(-1, keepdim=True)
-    precise = (precise - peak).exp() if compiled.enabled() else precise.sub_(peak).exp_()
-    return precise.to(logits.dtype), peak, precise.sum(-1, keepdim=True)
+    total = precise.sub_(peak).exp_().sum(-1, keepdim=True)
+    return precise.to(logits.dtype), peak, total
 
 
 def _gradients(

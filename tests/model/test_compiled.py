@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from aria_train.config import dump_config
-from aria_train.errors import ConfigError
-from aria_train.kernels.compiled import compile_chains, works_here
+from aria_train.kernels.compiled import compile_chains
 from aria_train.model import AriaModel
 from aria_train.moe.experts import GroupedExperts
 from tests.model.test_decoder import DOCUMENTS, model_config, pack
@@ -37,13 +37,14 @@ def step(model: AriaModel) -> list[Tensor]:
     return [output.loss_sum.detach(), output.token_losses, output.router.counts, output.router.entropy_sum, *gradients]
 
 
-@pytest.mark.skipif(not works_here(torch.device("cpu")), reason="PyTorch's path has a space")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.usefixtures("switched_off")
 def test_compiled_chains_change_no_number(
     dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dispatched, as on a GPU: that has every chain in it."""
+    if " " in torch.__file__:  # the C++ compiler would take the path for two; all before it is the same
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(GroupedExperts, "mixes", False)
     model = AriaModel(model_config()).to(dtype)
     counters.clear()
@@ -66,11 +67,6 @@ def test_without_a_compiler_one_error_before_anything_starts(tmp_path: Path) -> 
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "train.compile is true, but torch.compile" in done.stderr
+    assert "no-compiler" in done.stderr
     assert "train.compile=false" in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_a_path_that_the_compiler_would_cut_in_two_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "__file__", "/home/a user/torch/__init__.py")
-    with pytest.raises(ConfigError, match=r"PyTorch at /home/a user/torch/__init__\.py: the path has a space\."):
-        compile_chains(True)

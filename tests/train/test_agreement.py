@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 from aria_train.config import RunConfig
 from aria_train.data.loader import Loader
-from aria_train.kernels.compiled import works_here
 from tests.distributed import run_distributed
 from tests.reference import Reference
 from tests.tiny import read_steps, tiny_config, unequal_corpora, with_values
@@ -48,9 +47,8 @@ LAYOUTS = {
     "EP 4": (4, 4, None, 3, "none"),
     "2 replicas of ZeRO 2": (4, 1, 2, 1, "none"),
     "2 replicas of EP 2": (4, 2, 2, 3, "selective"),
+    "EP 2, selective, compiled": (2, 2, None, 2, "selective"),
 }
-if works_here(torch.device("cpu")):
-    LAYOUTS["EP 2, selective, compiled"] = (2, 2, None, 2, "selective")
 
 
 def configured(base: RunConfig, run_dir: Path) -> RunConfig:
