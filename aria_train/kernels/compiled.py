@@ -59,8 +59,8 @@ def _try(device: torch.device) -> None:
             f"train.compile is true, but torch.compile makes nothing for {device.type} here: {reason}. It needs a C++ "
             "compiler (g++) for a CPU, and Triton, which comes with PyTorch for CUDA, for a GPU; a path to PyTorch "
             f"without spaces ({torch.__file__}); and a whole cache (TORCHINDUCTOR_CACHE_DIR, else torchinductor_USER "
-            "in the folder for temporary files), which may be deleted. Mend it, or set train.compile=false: slower, and "
-            "everything else is the same."
+            "in the folder for temporary files), which may be deleted. Mend it, or set train.compile=false: slower, "
+            "and everything else is the same."
         ) from error
 
 
