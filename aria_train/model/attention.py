@@ -1,4 +1,4 @@
-"""Attention over packed documents: each attends only within itself."""
+"""Attention over packed documents: each attends only within itself, or queries of an image over its patches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aria_train.kernels.attention import is_short, short_attention
+
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_length: int, causal: bool) -> Tensor:
     """Softmax attention within each document of a packed sequence.
@@ -16,16 +18,27 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_leng
     document, then T. Returns [T, heads, d]. Scores are scaled by 1 / sqrt(d).
     """
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return _flash_varlen(q, k, v, starts, max_length, causal)
-    # Neighbours of one length go through the kernel together: images mostly do.
-    lengths = (length for length in starts.diff().tolist() if length)
-    runs = [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
-    if not runs:
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (k, v))
+        return _varlen(q, k, v, starts, starts, max_length, max_length, causal)
+    lengths = [length for length in starts.diff().tolist() if length]
+    if not lengths:
         return q + 0 * (k.sum() + v.sum())  # no tokens: keep k and v in the graph, so that every rank reduces them
-    sizes = [count * length for count, length in runs]
-    parts = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    attended = [_equals(q.unflatten(0, r), k.unflatten(0, r), v.unflatten(0, r), causal) for r, q, k, v in parts]
-    return attended[0] if len(attended) == 1 else torch.cat(attended)
+    return _by_document(q, k, v, lengths, lengths, causal)
+
+
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, num_queries: list[int], starts: Tensor, max_patches: int
+) -> Tensor:
+    """Softmax attention of each image's queries over its own patches.
+
+    q: [M, heads, d], image after image, `num_queries` of them per image; k, v: [P, heads, d], where image i begins at
+    `starts[i]` (int32 [images + 1]) and has at most `max_patches`. Returns [M, heads, d].
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        query_starts = torch.tensor([0, *itertools.accumulate(num_queries)], dtype=torch.int32, device=q.device)
+        return _varlen(q, k, v, query_starts, starts, max(num_queries), max_patches)
+    return _by_document(q, k, v, num_queries, starts.diff().tolist(), causal=False)
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
@@ -41,22 +54,44 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -
     return out.squeeze(2)
 
 
+def _by_document(q: Tensor, k: Tensor, v: Tensor, queries: list[int], keys: list[int], causal: bool) -> Tensor:
+    """Document by document, of so many queries and keys each. Neighbours of one size go through the kernel together:
+    images mostly do."""
+    runs = [(len(list(run)), *sizes) for sizes, run in itertools.groupby(zip(queries, keys, strict=True))]
+    q_parts = q.split([count * length for count, length, _ in runs])
+    k_parts, v_parts = (x.split([count * length for count, _, length in runs]) for x in (k, v))
+    attended = [
+        _equals(q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1)), v.unflatten(0, (count, -1)), causal)
+        for (count, *_), q, k, v in zip(runs, q_parts, k_parts, v_parts, strict=True)
+    ]
+    return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
 def _equals(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Documents of equal length, [documents, length, heads, d] each, through PyTorch's own kernel, which never holds
-    their scores. Returns [documents * length, heads, d]."""
-    grouped = q.shape[2] != k.shape[2]
+    """Documents of equal length, [documents, length, heads, d] each, through kernels that never hold their scores, or
+    those of a few short ones at a time. Returns [documents * length, heads, d]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    if is_short(q, k):
+        out = short_attention(q, k, v, causal)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _flash_varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_length: int, causal: bool) -> Tensor:
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool = False,
+) -> Tensor:
+    """All documents in one flash attention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if q.shape[1] != k.shape[1]:
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     window = (-1, 0) if causal else (-1, -1)
-    out = varlen_attn(q, k, v, starts, starts, max_length, max_length, window_size=window)
+    out = varlen_attn(q, k, v, query_starts, key_starts, max_queries, max_keys, window_size=window)
     assert isinstance(out, Tensor)
     return out

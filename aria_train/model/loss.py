@@ -19,6 +19,7 @@ from torch import Tensor
 
 from aria_train import kernels
 from aria_train.kernels.compiled import chain
+from aria_train.kernels.exponentials import exponentials
 
 _CHUNK_LOGITS = 2**25
 """Logits held at once (positions x vocabulary)."""
@@ -45,11 +46,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         # Sums over chunks stay in float32 whatever the weights are in. A frozen head needs none.
         train_weight = with_grad and ctx.needs_input_grad[1]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if train_weight else None
-        rows, columns = _tile_shape(x, weight)
-        for part in _slices(x.shape[0], rows):
+        num_rows, num_columns = _tile_shape(x, weight)
+        columns = list(_slices(weight.shape[0], num_columns))
+        # Tiles take the places of the last chunk's: fresh memory would take longer than what is done in it.
+        rooms = [x.new_empty(min(num_rows, len(x)), weight[c].shape[0]) for c in columns] if with_grad else None
+        for part in _slices(x.shape[0], num_rows):
             tiles = [
-                _Tile.of(x[part], weight, labels[part, None], where, keep=with_grad)
-                for where in _slices(weight.shape[0], columns)
+                _Tile.of(x[part], weight, labels[part, None], c, room=None if rooms is None else rooms[i])
+                for i, c in enumerate(columns)
             ]
             log_partition = torch.cat([tile.peak + tile.sum.log() for tile in tiles], 1).logsumexp(1, keepdim=True)
             target = torch.stack([tile.target for tile in tiles]).sum(0)
@@ -64,7 +68,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
-        scaled = None if grad_weight is None else (grad_weight * grad).to(ctx.dtype)
+        scaled = None if grad_weight is None else grad_weight.mul_(grad).to(ctx.dtype)  # for one backward pass
         return grad_x * grad.to(grad_x.dtype), scaled, None, None
 
 
@@ -87,13 +91,14 @@ class _Tile:
     """float32 [R, 1]: the label's logit, 0 where it lies elsewhere."""
 
     @classmethod
-    def of(cls, x: Tensor, weight: Tensor, labels: Tensor, columns: slice, keep: bool) -> _Tile:
-        logits = x @ weight[columns].T
+    def of(cls, x: Tensor, weight: Tensor, labels: Tensor, columns: slice, room: Tensor | None) -> _Tile:
+        """Exponentials are kept only in a room given for them, [at least R, C]."""
+        logits = torch.mm(x, weight[columns].T, out=None if room is None else room[: len(x)])
         label = (labels - columns.start).clamp(0, logits.shape[1] - 1)
         labelled = label + columns.start == labels
         target = logits.gather(1, label).float() * labelled
-        exponentials, peak, total = _exponentials(logits)
-        return cls(columns, exponentials if keep else None, peak, total, label, labelled, target)
+        made, peak, total = (exponentials if kernels.by_hand(logits) else _exponentials)(logits)
+        return cls(columns, None if room is None else made, peak, total, label, labelled, target)
 
 
 @chain
@@ -118,7 +123,7 @@ def _gradients(
         share = (tile.peak - log_partition).exp().clamp(min=_SMALLEST_SHARE)
         unscaled = tile.exponentials
         at_label = torch.where(tile.labelled, (excess / share).to(x.dtype), unscaled.gather(1, tile.label))
-        unscaled.scatter_(1, tile.label, at_label)
+        unscaled[torch.arange(len(x), device=x.device), tile.label.squeeze(1)] = at_label.squeeze(1)
         grad_x.addcmul_(unscaled @ weight[tile.columns], share)
         if grad_weight is not None and x.dtype == torch.float32:
             grad_weight[tile.columns].addmm_(unscaled.T, x * share)

@@ -11,14 +11,13 @@ hidden, N heads, D head width.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aria_train.batch import ImageBatch
 from aria_train.config import VisionConfig
+from aria_train.model.attention import cross_attention
 from aria_train.model.vision import ImageSpans
 
 
@@ -64,29 +63,3 @@ class Projector(nn.Module):
         mixed_MC = self.output_norm(self.linear(self.out_proj(mixed_MC)))
         out: Tensor = self.linear_out(F.gelu(self.linear_in(mixed_MC), approximate="tanh"))
         return out
-
-
-def cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, num_queries: list[int], starts: Tensor, max_patches: int
-) -> Tensor:
-    """Softmax attention of each image's queries over its own patches.
-
-    q: [M, heads, d], image after image, `num_queries` of them per image; k, v: [P, heads, d], where image i begins at
-    `starts[i]` (int32 [images + 1]) and has at most `max_patches`. Returns [M, heads, d].
-    """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        query_starts = torch.tensor([0, *itertools.accumulate(num_queries)], dtype=torch.int32, device=q.device)
-        out = varlen_attn(q, k, v, query_starts, starts, max(num_queries), max_patches)
-        assert isinstance(out, Tensor)
-        return out
-    lengths = starts.diff().tolist()
-    per_image = zip(q.split(num_queries), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat([_attend(*qkv) for qkv in per_image])
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One image through PyTorch's own kernel, which never holds the scores."""
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).squeeze(0).transpose(0, 1)

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import aria_train.kernels
+import aria_train.kernels.attention
 import aria_train.kernels.batches
 from aria_train.kernels import routing
+from aria_train.kernels.attention import is_short, short_attention
 from aria_train.kernels.batches import Plan
 from aria_train.kernels.experts import grouped_swiglu, mixture
+from aria_train.kernels.exponentials import exponentials
 from aria_train.kernels.norm import rms_norm
 from aria_train.kernels.rope import rotate
 from aria_train.kernels.swiglu import swiglu
@@ -50,6 +53,61 @@ def test_rotation_of_transposed_heads() -> None:
     )
     torch.testing.assert_close(rotate(x, angles.cos(), angles.sin()), torch.cat([turned.real, turned.imag], -1))
     gradcheck(lambda x: rotate(x, angles.cos(), angles.sin()), x)
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 7 * 7, 1 << 20])
+@pytest.mark.parametrize(("keys", "causal"), [(7, True), (7, False), (4, False)])
+def test_short_attention(keys: int, causal: bool, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One document and head at a time, some with a short rest, and all at once."""
+    monkeypatch.setattr(aria_train.kernels.attention, "_AT_ONCE", at_once)
+    q = torch.randn(2, 7, 2, 8, dtype=torch.float64).transpose(1, 2)
+    k, v = torch.randn(2, 2, keys, 2, 8, dtype=torch.float64).transpose(2, 3)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    torch.testing.assert_close(short_attention(q, k, v, causal), expected)
+    gradcheck(lambda q, k, v: short_attention(q, k, v, causal), q, k, v)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_short_attention_in_bf16_is_as_near_as_formulas_in_bf16(causal: bool) -> None:
+    leaves, grad = [torch.randn(3, 2, 64, 16) for _ in range(3)], torch.randn(3, 2, 64, 16)
+
+    def gradients(function: object, dtype: torch.dtype) -> list[Tensor]:
+        given = [x.bfloat16().to(dtype).requires_grad_() for x in leaves]
+        return list(torch.autograd.grad(function(*given), given, grad.bfloat16().to(dtype)))  # type: ignore[operator]
+
+    def formulas(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT / 4
+        hidden = torch.ones(64, 64, dtype=torch.bool).triu(1) if causal else torch.zeros(64, 64, dtype=torch.bool)
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+    exact = gradients(formulas, torch.float64)
+    ours = gradients(lambda q, k, v: short_attention(q, k, v, causal), torch.bfloat16)
+    theirs = gradients(formulas, torch.bfloat16)
+    for a, b, wanted in zip(ours, theirs, exact, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a - wanted).norm() <= 1.1 * (b - wanted).norm()
+
+
+def test_short_attention_is_for_training_below_float32() -> None:
+    q, k = torch.zeros(1, 4, 512, 8, dtype=torch.bfloat16), torch.zeros(1, 4, 513, 8, dtype=torch.bfloat16)
+    assert is_short(q, q)
+    assert not is_short(q, k)
+    assert not is_short(q, q[:, :2])
+    assert not is_short(q.float(), q.float())
+    with torch.no_grad():
+        assert not is_short(q, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exponentials_in_place(dtype: torch.dtype) -> None:
+    logits = (torch.randn(11, 6) * 50).to(dtype)
+    peak = logits.float().amax(-1, keepdim=True)
+    exact = (logits.float() - peak).exp()
+    made, found, total = exponentials(logits)
+    assert made is logits
+    torch.testing.assert_close(found, peak, rtol=0, atol=0)
+    torch.testing.assert_close(total, exact.sum(-1, keepdim=True))
+    torch.testing.assert_close(made, exact.to(dtype), rtol=0, atol=0)
 
 
 def test_swiglu_of_the_halves_of_one_tensor() -> None:

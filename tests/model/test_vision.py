@@ -8,7 +8,8 @@ from aria_train.batch import ImageBatch
 from aria_train.config import ModelConfig, VisionConfig
 from aria_train.errors import DataError
 from aria_train.model import AriaModel
-from aria_train.model.projector import Projector, cross_attention
+from aria_train.model.attention import cross_attention
+from aria_train.model.projector import Projector
 from aria_train.model.vision import VisionEncoder, images_to_batch
 from tests.model.released import (
     Sizes,
