@@ -8,8 +8,8 @@ from torch import Tensor
 from aria_train.kernels import blocks
 
 
-def exponentials(logits_RC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`exp(logit - peak)` in place, the peak and the sum of each row, float32 [R, 1] both. Nothing differentiable.
+def exponentials(logits_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts `exp(logit - peak)` in place of the logits; each row's peak and sum, float32 [R, 1] both.
 
     Of a few rows at a time, so that what is float32 between logits and exponentials in bf16 never leaves the cache.
     """
@@ -19,6 +19,5 @@ def exponentials(logits_RC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         precise = block.float()
         torch.amax(precise, -1, keepdim=True, out=peak)
         torch.sum(precise.sub_(peak).exp_(), -1, keepdim=True, out=sum_R1[rows])
-        if precise is not block:
-            block.copy_(precise)
-    return logits_RC, peak_R1, sum_R1
+        block.copy_(precise)
+    return peak_R1, sum_R1

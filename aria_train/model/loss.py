@@ -49,11 +49,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         num_rows, num_columns = _tile_shape(x, weight)
         columns = list(_slices(weight.shape[0], num_columns))
         # Tiles take the places of the last chunk's: fresh memory would take longer than what is done in it.
-        rooms = [x.new_empty(min(num_rows, len(x)), weight[c].shape[0]) for c in columns] if with_grad else None
+        rooms = [x.new_empty(min(num_rows, len(x)), len(weight[c])) if with_grad else None for c in columns]
         for part in _slices(x.shape[0], num_rows):
             tiles = [
-                _Tile.of(x[part], weight, labels[part, None], c, room=None if rooms is None else rooms[i])
-                for i, c in enumerate(columns)
+                _Tile.of(x[part], weight, labels[part, None], where, room)
+                for where, room in zip(columns, rooms, strict=True)
             ]
             log_partition = torch.cat([tile.peak + tile.sum.log() for tile in tiles], 1).logsumexp(1, keepdim=True)
             target = torch.stack([tile.target for tile in tiles]).sum(0)
@@ -97,18 +97,18 @@ class _Tile:
         label = (labels - columns.start).clamp(0, logits.shape[1] - 1)
         labelled = label + columns.start == labels
         target = logits.gather(1, label).float() * labelled
-        made, peak, total = (exponentials if kernels.by_hand(logits) else _exponentials)(logits)
-        return cls(columns, None if room is None else made, peak, total, label, labelled, target)
+        peak, total = (exponentials if kernels.by_hand(logits) else _exponentials)(logits)
+        return cls(columns, None if room is None else logits, peak, total, label, labelled, target)
 
 
 @chain
-def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits less each row's largest, as exponentials; that largest, and their sum, float32 [R, 1] each. The logits may
-    be overwritten."""
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts `exp(logit - peak)` in place of the logits; each row's peak and sum, float32 [R, 1] both."""
     precise = logits.float()
     peak = precise.amax(-1, keepdim=True)
     total = precise.sub_(peak).exp_().sum(-1, keepdim=True)
-    return precise.to(logits.dtype), peak, total
+    logits.copy_(precise)
+    return peak, total
 
 
 def _gradients(
