@@ -7,6 +7,7 @@ Shape legend: T tokens, D documents, P patches, N images.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,13 @@ class ImageBatch:
     """int32 [N + 1]: first patch of each image, then P."""
     num_queries: list[int]
     """Visual tokens each image becomes, in order of appearance."""
+    query_starts: Tensor | None = None
+    """int32 [N + 1]: first visual token of each image, then their number; worked out from `num_queries`."""
+
+    def __post_init__(self) -> None:
+        if self.query_starts is None:
+            starts = [0, *itertools.accumulate(self.num_queries)]
+            self.query_starts = torch.tensor(starts, dtype=torch.int32, device=self.starts.device)
 
     @classmethod
     def empty(cls, patch_size: int, device: torch.device | None = None) -> ImageBatch:
@@ -59,6 +67,9 @@ class MicroBatch:
     images: ImageBatch | None = None
     target_positions: Tensor | None = None
     """int64 [number of targets]: positions with a label, worked out on the host so that no device has to wait."""
+    visual_positions: Tensor | None = None
+    """int64 [visual tokens]: where images stand in the text, worked out on the host by the loader. None: the model
+    looks for them, and its device waits."""
 
     def __post_init__(self) -> None:
         if self.target_positions is None:

@@ -79,11 +79,16 @@ class RunConfig(Section):
             )
         # Rows of the grouped matrix products are read 16 bytes at a time.
         multiple = 8 if train.precision == "bf16" else 4
+        with_precision = f"train.precision {train.precision}"
+        if train.fp8_experts:
+            if train.precision != "bf16":
+                raise ValueError(f"train.fp8_experts needs train.precision bf16 for all else, not {train.precision}")
+            multiple, with_precision = 16, "train.fp8_experts"
         for key in ("hidden_size", "expert_size"):
             if getattr(model, key) % multiple:
                 raise ValueError(
-                    f"model.{key} {getattr(model, key)} must be a multiple of {multiple} with train.precision "
-                    f"{train.precision}, such as {_nearest_multiple(getattr(model, key), multiple)}"
+                    f"model.{key} {getattr(model, key)} must be a multiple of {multiple} with {with_precision}, "
+                    f"such as {_nearest_multiple(getattr(model, key), multiple)}"
                 )
         experts, ranks = model.num_experts, self.parallel.expert_parallel_size
         if experts % ranks:

@@ -228,6 +228,9 @@ class TrainConfig(Section):
     seed: NonNegative = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 computes in bfloat16; master weights, reductions and optimizer state are fp32 in both."""
+    fp8_experts: bool = False
+    """Multiply the routed experts in FP8 (E4M3, scaled by row and column), but for gradients of weights; with precision
+    bf16, on an H100 or H200."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none; all but the dear ones (GEMMs, attention); whole layers."""
     compile: bool = False

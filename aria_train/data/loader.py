@@ -39,7 +39,7 @@ class Blend:
                 "data.train: no source given; list at least one, such as {name: web, path: data/web}. "
                 "`aria-train data prepare` makes a corpus."
             )
-        self.seed = config.train.seed
+        self.seed, self._image_token_id = config.train.seed, config.model.image_token_id
         self.sources: list[Source] = [open_source(source, config) for source in config.data.train]
         self.mixture = Mixture([source.weight for source in config.data.train])
 
@@ -58,7 +58,8 @@ class Blend:
     def micro_batch(self, windows: Iterable[int]) -> MicroBatch:
         """Windows of the run, packed."""
         places = [self.locate(index) for index in windows]
-        return pack_windows([self.sources[which].read(position) for which, position in places], [w for w, _ in places])
+        windows_of_batch = [self.sources[which].read(position) for which, position in places]
+        return pack_windows(windows_of_batch, [which for which, _ in places], self._image_token_id)
 
 
 class Loader:
@@ -151,20 +152,29 @@ def validation_batches(config: RunConfig, rank: int = 0, world_size: int = 1) ->
         for at in range(0, len(mine), config.train.micro_batch_size):
             batch = mine[at : at + config.train.micro_batch_size]
             positions = [permute(place, source.num_windows, "validation") for place in batch]
-            yield pin(pack_windows([source.read(position) for position in positions], [which] * len(batch)))
+            windows = [source.read(position) for position in positions]
+            yield pin(pack_windows(windows, [which] * len(batch), config.model.image_token_id))
 
 
-def pack_windows(windows: Sequence[Window], sources: Sequence[int]) -> MicroBatch:
-    """Lays windows end to end; `sources` says which source of the blend each came from."""
+def pack_windows(windows: Sequence[Window], sources: Sequence[int], image_token_id: int | None = None) -> MicroBatch:
+    """Lays windows end to end; `sources` says which source of the blend each came from.
+
+    With `image_token_id`, the batch says where its visual tokens stand, and no device has to look for them.
+    """
+    token_ids = np.concatenate([window.token_ids for window in windows]).astype(np.int64)
+    visual_positions = None
+    if image_token_id is not None:
+        visual_positions = torch.from_numpy(np.flatnonzero(token_ids == image_token_id))
     lengths = np.concatenate([window.document_lengths for window in windows])
     documents = [len(window.document_lengths) for window in windows]
     return MicroBatch(
-        token_ids=torch.from_numpy(np.concatenate([window.token_ids for window in windows]).astype(np.int64)),
+        token_ids=torch.from_numpy(token_ids),
         labels=torch.from_numpy(np.concatenate([window.labels for window in windows]).astype(np.int64)),
         starts=_starts(lengths),
         max_document=int(lengths.max()),
         source_ids=torch.from_numpy(np.repeat(np.asarray(sources, np.int64), documents)),
         images=_pack_images(windows),
+        visual_positions=visual_positions,
     )
 
 

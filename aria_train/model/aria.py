@@ -92,7 +92,7 @@ class AriaModel(nn.Module):
             # Also without images: every rank must run, and reduce, the same modules in the same order.
             images = batch.images or ImageBatch.empty(self.vision.config.patch_size, x_TH.device)
             visual_tokens = self.projector(self.vision(images), images)
-            x_TH = self._place(visual_tokens, x_TH, batch.token_ids)
+            x_TH = self._place(visual_tokens, x_TH, batch)
         documents = Documents.build(batch, self.config.head_dim, self.rope_base, cache)
         stats: list[RouterStats] = []
         for index, layer in enumerate(self.layers):
@@ -108,11 +108,13 @@ class AriaModel(nn.Module):
         labels_N = batch.labels.index_select(0, batch.target_positions)
         return linear_cross_entropy(targets_NH, self.head.weight, labels_N)
 
-    def _place(self, visual_tokens: Tensor, x_TH: Tensor, token_ids: Tensor) -> Tensor:
+    def _place(self, visual_tokens: Tensor, x_TH: Tensor, batch: MicroBatch) -> Tensor:
         """Puts visual tokens, in order, where the token ids say image."""
         if visual_tokens.shape[0] == 0:
             return x_TH + visual_tokens.sum()  # nothing to place, yet the encoder stays in the graph
-        places = (token_ids == self.config.image_token_id).nonzero().squeeze(1)
+        places = batch.visual_positions
+        if places is None:
+            places = (batch.token_ids == self.config.image_token_id).nonzero().squeeze(1)
         if places.shape[0] != visual_tokens.shape[0]:
             raise DataError(
                 f"{places.shape[0]} image token(s) (id {self.config.image_token_id}) stand in the text, but the images "

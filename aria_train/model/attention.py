@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aria_train.batch import ImageBatch
 from aria_train.kernels.attention import is_short, short_attention
 
 
@@ -17,7 +18,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_leng
     q: [T, heads, d]; k, v: [T, kv_heads, d], kv_heads dividing heads. starts: int32 [D + 1], first token of each
     document, then T. Returns [T, heads, d]. Scores are scaled by 1 / sqrt(d).
     """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if _has_varlen(q):
         groups = q.shape[1] // k.shape[1]
         k, v = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (k, v))
         return _varlen(q, k, v, starts, starts, max_length, max_length, causal)
@@ -27,18 +28,16 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_leng
     return _by_document(q, k, v, lengths, lengths, causal)
 
 
-def cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, num_queries: list[int], starts: Tensor, max_patches: int
-) -> Tensor:
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, images: ImageBatch, max_patches: int) -> Tensor:
     """Softmax attention of each image's queries over its own patches.
 
-    q: [M, heads, d], image after image, `num_queries` of them per image; k, v: [P, heads, d], where image i begins at
-    `starts[i]` (int32 [images + 1]) and has at most `max_patches`. Returns [M, heads, d].
+    q: [M, heads, d], image after image; k, v: [P, heads, d], patches in the same order, at most `max_patches` of an
+    image. Returns [M, heads, d].
     """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        query_starts = torch.tensor([0, *itertools.accumulate(num_queries)], dtype=torch.int32, device=q.device)
-        return _varlen(q, k, v, query_starts, starts, max(num_queries), max_patches)
-    return _by_document(q, k, v, num_queries, starts.diff().tolist(), causal=False)
+    if _has_varlen(q):
+        assert images.query_starts is not None
+        return _varlen(q, k, v, images.query_starts, images.starts, max(images.num_queries), max_patches)
+    return _by_document(q, k, v, images.num_queries, images.starts.diff().tolist(), causal=False)
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
@@ -52,6 +51,11 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q.unsqueeze(2), k, v, attn_mask=mask[:, None, None], enable_gqa=grouped)
     return out.squeeze(2)
+
+
+def _has_varlen(q: Tensor) -> bool:
+    """Whether one flash attention takes all documents. It does not wait for the device."""
+    return q.dtype in (torch.bfloat16, torch.float16) and q.device.type != "cpu"
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, queries: list[int], keys: list[int], causal: bool) -> Tensor:

@@ -21,8 +21,8 @@ from aria_train import kernels
 from aria_train.kernels.compiled import chain
 from aria_train.kernels.exponentials import exponentials
 
-_CHUNK_LOGITS = 2**25
-"""Logits held at once (positions x vocabulary)."""
+_TILE_LOGITS = 2**25
+"""Logits worked on at once (positions x columns)."""
 _TILE_CPU = 1024, 2048
 """Positions and columns of a tile on a CPU, where a few passes over it should find it in cache."""
 _SMALLEST_SHARE = 1e-30
@@ -133,10 +133,18 @@ def _gradients(
 
 
 def _tile_shape(x: Tensor, weight: Tensor) -> tuple[int, int]:
-    rows = max(1, _CHUNK_LOGITS // weight.shape[0])
-    if not kernels.on_cpu(x):
-        return rows, weight.shape[0]
-    return min(rows, _TILE_CPU[0]), _TILE_CPU[1]
+    """Positions of a chunk, and columns of its tiles.
+
+    Each chunk reads and writes the weight's gradient in float32, which takes a GPU as long as the products of some
+    hundred positions. With as many positions as hidden columns that is little beside them; the chunk's tiles, which
+    wait for their sums, take no more memory than that gradient does.
+    """
+    vocabulary, width = weight.shape
+    rows = max(1, _TILE_LOGITS // vocabulary)
+    if kernels.on_cpu(x):
+        return min(rows, _TILE_CPU[0]), _TILE_CPU[1]
+    rows = max(rows, width)
+    return rows, min(vocabulary, max(1, _TILE_LOGITS // rows))
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

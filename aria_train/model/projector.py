@@ -55,8 +55,7 @@ class Projector(nn.Module):
 
         if images.num_queries:
             q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (query_MC, key_PC, value_PC))
-            spans = ImageSpans.build(images, self.config)
-            mixed_MC = cross_attention(q, k, v, images.num_queries, spans.starts, spans.max_patches).flatten(1)
+            mixed_MC = cross_attention(q, k, v, images, ImageSpans.build(images, self.config).max_patches).flatten(1)
         else:
             mixed_MC = query_MC + key_PC + value_PC  # attention over nothing, yet all three stay in the graph
 

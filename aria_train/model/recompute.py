@@ -23,6 +23,7 @@ _DEAR = frozenset(
         "aten::bmm",
         "aten::_grouped_mm",
         "aria_train::experts",
+        "aria_train::fp8_grouped_mm",
         "aten::topk",
         "aten::sort",
         "aten::_scaled_dot_product_flash_attention",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from aria_train import kernels
+from aria_train.kernels import fp8
 from aria_train.kernels.compiled import chain
 from aria_train.kernels.experts import grouped_swiglu, mixture
 from aria_train.kernels.swiglu import swiglu
@@ -26,6 +27,8 @@ class GroupedExperts(nn.Module):
 
     mixes = True
     """Whether `forward` takes pairs."""
+    fp8 = False
+    """Whether products run in FP8; see `use_fp8`."""
 
     def forward(self, rows_SH: Tensor, offsets_E: Tensor, pairs: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """rows [S, H] sorted by expert; offsets int32 [E], end row of each expert -> [S, H].
@@ -46,6 +49,8 @@ class GroupedExperts(nn.Module):
 
     def multiply(self, name: str, rows_SI: Tensor, offsets_E: Tensor) -> Tensor:
         """Rows times the weights of that name, each row its expert's."""
+        if self.fp8:
+            return fp8.grouped_mm(rows_SI, local(getattr(self, name)), offsets_E)
         return F.grouped_mm(rows_SI, local(getattr(self, name)), offs=offsets_E)
 
 
@@ -62,6 +67,14 @@ class SharedExpert(nn.Module):
         gate_TF, up_TF = self.gate(x_TH), self.up(x_TH)
         out: Tensor = self.down((swiglu if kernels.by_hand(x_TH) else _swiglu)(gate_TF, up_TF))
         return out
+
+
+def use_fp8(model: nn.Module, device: torch.device) -> None:
+    """From here on, routed experts of a model in bf16 multiply in FP8. Raises ConfigError where the device cannot."""
+    fp8.require(device)
+    for module in model.modules():
+        if isinstance(module, GroupedExperts):
+            module.fp8 = True
 
 
 @chain

@@ -74,12 +74,11 @@ def _trace(
 ) -> Activations:
     config = ModelConfig.model_validate_json(model_json)
     tokens = windows * length
-    visual = num_images * max(config.vision.image_sizes.values()) if config.vision else 0
     with _expert_mesh(expert_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         model = _build(config, precision, mesh)
         model.set_recompute(recompute)
         batch, known = make_batch(config, windows, length, num_images)
-        meter = Meter(config.num_experts, tokens * config.top_k // expert_ranks, visual, known)
+        meter = Meter(config.num_experts, tokens * config.top_k // expert_ranks, known)
         for parameter in model.parameters():
             # Gradients are counted elsewhere.
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -145,6 +144,7 @@ def make_batch(
         known[image_starts] = [image * patches for image in range(num_images + 1)]
         where = torch.zeros(num_images * patches, dtype=torch.int64)
         batch.images = ImageBatch(pixels, where, image_starts, [queries] * num_images)
+        batch.visual_positions = positions[: num_images * queries]
     return batch, known
 
 
@@ -163,12 +163,10 @@ class Meter(TorchDispatchMode):
     is how many rows go to and come from each rank.
     """
 
-    def __init__(
-        self, num_experts: int, rows_per_rank: int, visual_tokens: int, known: dict[Tensor, list[int]]
-    ) -> None:
+    def __init__(self, num_experts: int, rows_per_rank: int, known: dict[Tensor, list[int]]) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._num_experts, self._rows_per_rank, self._visual_tokens = num_experts, rows_per_rank, visual_tokens
+        self._num_experts, self._rows_per_rank = num_experts, rows_per_rank
         self._seen: set[int] = set()
         with unset_fake_temporarily():
             self._values: Any = WeakIdKeyDictionary({fake: torch.tensor(known[fake]) for fake in known})
@@ -182,8 +180,6 @@ class Meter(TorchDispatchMode):
         # What depends on the data is answered as if every expert were chosen equally often.
         if func is torch.ops.aten.bincount.default:
             out: Any = torch.zeros(self._num_experts, dtype=torch.int64)
-        elif func is torch.ops.aten.nonzero.default:
-            out = torch.zeros(self._visual_tokens, 1, dtype=torch.int64)
         elif func is torch.ops.aten._grouped_mm.default:
             out = _grouped_product(*args[:3])
         else:

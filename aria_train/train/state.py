@@ -125,7 +125,7 @@ _FREE = {
     "data": {"tokenizer", "validation", "workers", "prefetch_batches"},
     "train": {
         "micro_batch_size", "max_tokens", "max_steps", "precision", "recompute", "run_dir", "eval_interval_steps",
-        "eval_windows", "device", "profile", "compile",
+        "eval_windows", "device", "profile", "compile", "fp8_experts",
     },
     "optimizer": {"kernel"},
 }  # fmt: skip

@@ -31,6 +31,7 @@ from aria_train.kernels.compiled import compile_chains
 from aria_train.model import AriaModel
 from aria_train.model.aria import part_of
 from aria_train.model.lora import add_adapters, is_adapter
+from aria_train.moe.experts import use_fp8
 from aria_train.parallel import checkpoint
 from aria_train.parallel.checkpoint import Saver
 from aria_train.parallel.collectives import sum_over_ranks
@@ -197,6 +198,8 @@ class Trainer:
         if config.train.lora is not None:
             frozen_dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
             add_adapters(model, config.train.lora, frozen_dtype)
+        if config.train.fp8_experts:
+            use_fp8(model, self.device)
         parallelize(model, self.meshes, config.train.precision)
         model.to_empty(device=self.device)
         counts = torch.zeros(config.model.num_layers, config.model.num_experts, dtype=torch.float64, device=self.device)

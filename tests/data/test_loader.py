@@ -216,4 +216,14 @@ def test_images_of_all_windows_become_one_sequence_of_patches() -> None:
     assert batch.images.patches[:, 0].tolist() == [2, 2, 5, 5, 5, 5, 5, 1]
     assert batch.images.position_ids.tolist() == [0, 1, 0, 1, 2, 3, 4, 0]
     assert batch.images.num_queries == [4, 8, 4]
+    assert batch.images.query_starts is not None
+    assert batch.images.query_starts.tolist() == [0, 4, 12, 16]
+    assert batch.visual_positions is None
     assert batch.source_ids.tolist() == [0, 1, 0]
+
+
+def test_the_batch_says_where_images_stand_in_the_text() -> None:
+    batch = pack_windows([window(3, [image(2, 1)]), window(2, []), window(4, [image(1, 1)])], [0, 0, 0], 2)
+    assert batch.visual_positions is not None
+    assert batch.visual_positions.tolist() == [2, 7]
+    assert batch.visual_positions.dtype == torch.int64

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from aria_train.config import RunConfig, load_config
+from aria_train.batch import ImageBatch, MicroBatch
+from aria_train.config import ModelConfig, RunConfig, VisionConfig, load_config
 from aria_train.model import AriaModel
+from aria_train.model.loss import _tile_shape
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LAYERS, HIDDEN, VOCABULARY, EXPERTS, WIDTH = 28, 2560, 100_352, 64, 1664
@@ -111,3 +113,38 @@ def test_with_vision_and_projector_it_has_25_307_311_216(config: RunConfig) -> N
     }
     assert sizes == {"vision.": 417_792_240, "projector.": 20_427_136}
     assert sum(t.numel() for t in tensors.values()) == 25_307_311_216
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_no_device_has_to_wait_for_the_host_in_a_step(recompute: str) -> None:
+    """Forward and backward, with images, the way a GPU goes. Meta tensors have no values; who asks for one fails."""
+    with torch.device("meta"):
+        model = AriaModel(ModelConfig(num_layers=2, vision=VisionConfig(num_layers=2))).bfloat16()
+        model.set_recompute(recompute)
+        batch = meta_batch(tokens=8192, num_images=3, queries=256, patches=4900)
+    output = model(batch)
+    (output.loss_sum + output.router.z_sum.sum() + output.router.prob_sums.sum()).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.grad.shape for p in trained if p.grad is not None} == {p.shape for p in trained}
+    batch.visual_positions = None
+    with pytest.raises(NotImplementedError, match="meta"):
+        model(batch)
+
+
+def meta_batch(tokens: int, num_images: int, queries: int, patches: int) -> MicroBatch:
+    """Four documents, and images of the largest size."""
+    ids, sources = torch.zeros(tokens, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    batch = MicroBatch(ids, ids, torch.zeros(5, dtype=torch.int32), tokens, sources, target_positions=ids)
+    pixels, where = torch.zeros(num_images * patches, 588), torch.zeros(num_images * patches, dtype=torch.int64)
+    batch.images = ImageBatch(pixels, where, torch.zeros(num_images + 1, dtype=torch.int32), [queries] * num_images)
+    batch.visual_positions = ids[: num_images * queries]
+    return batch
+
+
+@pytest.mark.parametrize(("hidden", "vocabulary"), [(HIDDEN, VOCABULARY), (64, 1024), (8192, 256_000), (128, 2**26)])
+def test_tiles_of_the_loss_take_no_more_memory_than_the_gradient(hidden: int, vocabulary: int) -> None:
+    """On a GPU: bf16 tiles of a chunk beside the float32 gradient of the head; a tile in float32 is 128 MiB."""
+    with torch.device("meta"):
+        rows, columns = _tile_shape(torch.empty(1, hidden), torch.empty(vocabulary, hidden))
+    assert rows * columns <= max(2**25, rows)
+    assert rows * vocabulary * 2 <= max(vocabulary * hidden * 4, 2**26)

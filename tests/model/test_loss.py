@@ -55,7 +55,7 @@ def test_many_chunks_in_bf16_lose_nothing_to_accumulation(monkeypatch: pytest.Mo
         F.cross_entropy(x.detach().double() @ (w := weight.detach().double().requires_grad_()).T, labels), w
     )
     for rows in (1, 300):
-        monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", rows * VOCABULARY)
+        monkeypatch.setattr(loss_module, "_TILE_LOGITS", rows * VOCABULARY)
         (found,) = torch.autograd.grad(linear_cross_entropy(x, weight, labels)[0] / 300, weight)
         deviations.append((found - exact).abs().max() / exact.abs().max())
     assert max(deviations) < 1e-2
@@ -77,7 +77,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_logits_of_a_window_are_never_held(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, positions = 4, 200
-    monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", rows * VOCABULARY)
+    monkeypatch.setattr(loss_module, "_TILE_LOGITS", rows * VOCABULARY)
     x, weight, labels = inputs(dtype, positions)
     with LargestTensor() as seen:
         total, _ = linear_cross_entropy(x, weight, labels)
@@ -89,9 +89,9 @@ def test_the_logits_of_a_window_are_never_held(dtype: torch.dtype, monkeypatch: 
     assert seen.numel == positions * VOCABULARY
 
 
-def test_the_default_chunk_is_small_beside_a_window() -> None:
-    """At 64K positions and 100,352 tokens the logits would be 25 GiB in float32; a chunk is 128 MiB."""
-    assert loss_module._CHUNK_LOGITS * 4 <= 2**27
+def test_the_default_tile_is_small_beside_a_window() -> None:
+    """At 64K positions and 100,352 tokens the logits would be 25 GiB in float32; a tile is 128 MiB."""
+    assert loss_module._TILE_LOGITS * 4 <= 2**27
 
 
 def test_without_gradients_none_are_worked_out() -> None:

@@ -48,8 +48,8 @@ def case(name: str, num_ranks: int) -> Case:
     generator = torch.Generator().manual_seed(hash(tuple(sizes)) % 1000)
     pairs = list(itertools.permutations(pool, TOP_K))
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
 
     sizes = sizes[-num_ranks:] if sum(sizes[:num_ranks]) == 0 else sizes[:num_ranks]
     picks = [[int(torch.randint(len(pairs), (), generator=generator)) for _ in range(size)] for size in sizes]
@@ -57,8 +57,9 @@ def case(name: str, num_ranks: int) -> Case:
         [random(size, HIDDEN).requires_grad_() for size in sizes],
         [random(size, TOP_K).softmax(-1).requires_grad_() for size in sizes],
         [torch.tensor([pairs[p] for p in rank], dtype=torch.int64).view(-1, TOP_K) for rank in picks],
-        random(EXPERTS, HIDDEN, 2 * WIDTH).requires_grad_(),
-        random(EXPERTS, WIDTH, HIDDEN).requires_grad_(),
+        # Scaled as in a model. Terms of some 50 that cancel would leave rounding alone, which differs by processor.
+        random(EXPERTS, HIDDEN, 2 * WIDTH, scale=HIDDEN**-0.5).requires_grad_(),
+        random(EXPERTS, WIDTH, HIDDEN, scale=WIDTH**-0.5).requires_grad_(),
         [random(size, HIDDEN) for size in sizes],
     )
 

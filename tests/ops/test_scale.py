@@ -82,7 +82,7 @@ def step(config: RunConfig, rank: int) -> tuple[dict[str, int], dict[str, int], 
             trainer.pulse = Pulse(trainer.meshes, 0)
             batch, known = make_batch(config.model, 1, LENGTH, 0)
             rows = LENGTH * config.model.top_k // config.parallel.expert_parallel_size
-            with Collectives() as sent, Meter(config.model.num_experts, rows, 0, known):
+            with Collectives() as sent, Meter(config.model.num_experts, rows, known):
                 trainer._step([batch, batch])
         state = trainer.state.optimizer.state.values()
         held = {
