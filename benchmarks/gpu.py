@@ -3,8 +3,9 @@
     python -m benchmarks.gpu [--turns 5]        python -m benchmarks.gpu --tiny     the same code on any machine
 
 Three parts: both sides in turns, with as many layers as hold both; ours alone, with as many layers as fit, windows of
-8K; ours alone, one window of 64K. The first two as written and with train.compile. Hidden size 2560, 64 experts of
-1664, six of them per token, vocabulary 100,352, bf16 with float32 master weights, natural routing.
+8K; ours alone, one window of 64K. The first two as written, with train.compile, and with experts in FP8 too. Hidden
+size 2560, 64 experts of 1664, six of them per token, vocabulary 100,352, bf16 with float32 master weights, natural
+routing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +23,14 @@ import torch.distributed as dist
 from aria_train.batch import MicroBatch
 from aria_train.config import ModelConfig, OptimizerConfig, ParallelConfig
 from aria_train.data.work import forward_flops
+from aria_train.errors import ConfigError
+from aria_train.kernels import fp8
 from aria_train.kernels.compiled import compile_chains
 from aria_train.model import AriaModel
 from aria_train.model.hf.config import hf_config
 from aria_train.model.init import initialise
 from aria_train.model.recompute import Recompute
+from aria_train.moe.experts import use_fp8
 from aria_train.parallel.mesh import build_meshes, init_process_group
 from aria_train.parallel.shard import parallelize, set_last_micro_batch
 from aria_train.train.objective import Totals, objective
@@ -44,6 +48,7 @@ class Size:
     windows: int = 1
     recompute: Recompute = "selective"
     compile: bool = False
+    fp8: bool = False
     tiny: bool = False
 
     def model(self) -> ModelConfig:
@@ -56,8 +61,8 @@ class Size:
 
     def __str__(self) -> str:
         windows = f"{self.windows} x " if self.windows > 1 else ""
-        compiled = ", compiled" if self.compile else ""
-        return f"{self.layers} layers, {windows}{self.tokens:,} tokens, recompute {self.recompute}{compiled}"
+        more = ", compiled" * self.compile + ", experts in FP8" * self.fp8
+        return f"{self.layers} layers, {windows}{self.tokens:,} tokens, recompute {self.recompute}{more}"
 
 
 def main() -> None:
@@ -74,12 +79,24 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in machine().items()), f"bf16 GEMM {ceiling / 1e12:.1f} TFLOP/s", sep=", ")
 
     both = Size(1 if tiny else 2, 64 if tiny else 8192, tiny=tiny)
-    for size in (both, replace(both, compile=True)):
+    for size in variants(both):
         show([side_by_side(size, device, turns, ceiling)])
     most = Size(2 if tiny else MOST_LAYERS, 64 if tiny else 8192, tiny=tiny)
-    for size in (most, replace(most, compile=True), replace(most, tokens=256 if tiny else 65536, recompute="full")):
+    for size in (*variants(most), replace(most, tokens=256 if tiny else 65536, recompute="full")):
         print(json.dumps(alone(size, device, turns, ceiling)), flush=True)
     dist.destroy_process_group()
+
+
+def variants(size: Size) -> Iterator[Size]:
+    """As written, compiled, and compiled with experts in FP8 where the device has it."""
+    compiled = replace(size, compile=True)
+    yield from (size, compiled)
+    try:
+        fp8.require(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ConfigError as error:
+        print(f"FP8 is left out: {error}", flush=True)
+    else:
+        yield replace(compiled, fp8=True)
 
 
 def side_by_side(size: Size, device: torch.device, turns: int, ceiling: float) -> Row:
@@ -135,6 +152,8 @@ def build_ours(size: Size, device: torch.device) -> Run:
         model = AriaModel(config)
     model.set_recompute(size.recompute)
     compile_chains(size.compile, device)
+    if size.fp8:
+        use_fp8(model, device)
     parallelize(model, meshes, "bf16")
     model.to_empty(device=device)
     initialise(model, config.init_std, seed=0)

@@ -18,7 +18,10 @@ from typing import Any
 
 import torch
 
+from aria_train.kernels.precision import bf16_cost
+
 Run = Callable[[], object]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,15 @@ def gemm_ceiling(dtype: torch.dtype, size: int = 2048, turns: int = 7) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
     return 2 * size**3 / min(seconds_of(lambda: torch.mm(a, b)) for _ in range(turns))
+
+
+def gemm_ceilings() -> dict[str, float]:
+    """Of each precision that the machine has instructions for; a CPU without them takes hundreds of times as long."""
+    precisions = dict(DTYPES)
+    if not torch.cuda.is_available() and (cost := bf16_cost()) > 8:
+        print(f"bf16 is left out: products take this CPU {cost:.0f} times as long as in fp32", flush=True)
+        del precisions["bf16"]
+    return {name: gemm_ceiling(dtype) for name, dtype in precisions.items()}
 
 
 def forget(paths: Iterable[Path]) -> None:

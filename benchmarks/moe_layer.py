@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aria_train.config import ModelConfig
 from aria_train.model.decoder import DecoderLayer
 from aria_train.moe.layer import MoELayer
-from benchmarks.measure import compare
+from benchmarks.measure import DTYPES, compare
 from benchmarks.peers import aria, transformers_aria
 from benchmarks.table import Row
 
@@ -37,7 +37,8 @@ Layer = Callable[[Tensor], Tensor]
 def rows(turns: int, ceilings: dict[str, float]) -> list[Row]:
     """Forward and backward. A peer that is not installed is left out, and said to be."""
     found = []
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for name, ceiling in ceilings.items():
+        dtype = DTYPES[name]
         model = aria(CONFIG, dtype)
         layer = cast(DecoderLayer, model.layers[0]).moe
         with torch.no_grad():
@@ -47,7 +48,7 @@ def rows(turns: int, ceilings: dict[str, float]) -> list[Row]:
         for peer, build in PEERS.items():
             try:
                 with quiet():
-                    found.append(against(peer, build(model), layer, x_TH, name, turns, ceilings[name]))
+                    found.append(against(peer, build(model), layer, x_TH, name, turns, ceiling))
             except ImportError as error:
                 print(f"  {peer}: left out: {error}", flush=True)
             else:

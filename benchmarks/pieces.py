@@ -10,22 +10,21 @@ import torch.nn.functional as F
 from aria_train.model.loss import linear_cross_entropy
 from aria_train.moe.dispatch import LocalDispatcher
 from aria_train.moe.experts import GroupedExperts
-from benchmarks.measure import compare
+from benchmarks.measure import DTYPES, compare
 from benchmarks.table import Row
 
 TOKENS, EXPERTS, TOP_K = 8192, 64, 6
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPERT_SIZES = [(256, 128), (512, 256), (2560, 1664)]
 """Widths of the model and of an expert, Aria's own last."""
 
 
 def rows(turns: int, ceilings: dict[str, float]) -> list[Row]:
     found = []
-    for precision, (width, expert_size) in itertools.product(DTYPES, EXPERT_SIZES):
+    for precision, (width, expert_size) in itertools.product(ceilings, EXPERT_SIZES):
         enough = 3 if width > 1024 else turns  # a turn takes up to a minute
         found.append(grouped(precision, width, expert_size, min(turns, enough), ceilings[precision]))
         print(f"  {found[-1].what}, {found[-1].shape}: {found[-1].comparison.ratio:.2f}x", flush=True)
-    for precision in DTYPES:
+    for precision in ceilings:
         found += [dispatch(precision, turns), head(precision, turns, ceilings[precision])]
         for row in found[-2:]:
             print(f"  {row.what}, {row.shape}: {row.comparison.ratio:.2f}x", flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import data, moe_layer, pieces, ranks, startup, storage, table, training_step, vision
-from benchmarks.measure import gemm_ceiling
+from benchmarks.measure import gemm_ceilings
 from benchmarks.page import fill
 from benchmarks.table import Row
 
@@ -44,7 +44,7 @@ def main() -> None:
         parser.error(f"no suite {', '.join(sorted(unknown))}: there are {', '.join(SUITES)}")
     torch.set_num_threads(arguments.threads)
 
-    ceilings = {name: gemm_ceiling(dtype) for name, dtype in training_step.DTYPES.items()}
+    ceilings = gemm_ceilings()
     facts = table.machine() | {f"gemm_{name}_gflops": round(value / 1e9) for name, value in ceilings.items()}
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     rows: list[Row] = []

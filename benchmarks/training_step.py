@@ -14,11 +14,10 @@ from aria_train.config import ModelConfig, VisionConfig
 from aria_train.data.work import forward_flops
 from aria_train.model import AriaModel
 from aria_train.model.vision import images_to_batch
-from benchmarks.measure import Run, compare, peak_memory
+from benchmarks.measure import DTYPES, Run, compare, peak_memory
 from benchmarks.peers import aria, transformers_aria
 from benchmarks.table import Row
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IMAGE_TOKEN = ModelConfig().image_token_id
 
 
@@ -74,7 +73,7 @@ MULTIMODAL = [Shape(tokens=2048, precision=precision, images=24) for precision i
 
 def rows(turns: int, ceilings: dict[str, float], shapes: list[Shape]) -> list[Row]:
     found = []
-    for shape in shapes:
+    for shape in [shape for shape in shapes if shape.precision in ceilings]:
         found.append(row(shape, turns, ceilings[shape.precision]))
         print(f"  {shape}: {found[-1].comparison.ratio:.2f}x", flush=True)
     return found

@@ -104,9 +104,9 @@ class _Tile:
 @chain
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Puts `exp(logit - peak)` in place of the logits; each row's peak and sum, float32 [R, 1] both."""
-    precise = logits.float()
-    peak = precise.amax(-1, keepdim=True)
-    total = precise.sub_(peak).exp_().sum(-1, keepdim=True)
+    peak = logits.amax(-1, keepdim=True).float()
+    precise = (logits - peak).exp_()
+    total = precise.sum(-1, keepdim=True)
     logits.copy_(precise)
     return peak, total
 
@@ -128,7 +128,7 @@ def _gradients(
         if grad_weight is not None and x.dtype == torch.float32:
             grad_weight[tile.columns].addmm_(unscaled.T, x * share)
         elif grad_weight is not None:
-            grad_weight[tile.columns] += unscaled.T @ (x * share).to(x.dtype)
+            grad_weight[tile.columns].add_(unscaled.T @ (x * share).to(x.dtype))
     return grad_x
 
 

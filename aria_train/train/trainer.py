@@ -27,6 +27,7 @@ from aria_train.data.loader import Loader
 from aria_train.errors import ConfigError, Stopped
 from aria_train.eval.loss import evaluate_loss
 from aria_train.eval.probes import Probes
+from aria_train.kernels import precision
 from aria_train.kernels.compiled import compile_chains
 from aria_train.model import AriaModel
 from aria_train.model.aria import part_of
@@ -192,6 +193,11 @@ class Trainer:
         compile_chains(config.train.compile, self.device)
         if config.train.compile:
             self.console.message("train.compile: the first step compiles too, which may take a minute")
+        if config.train.precision == "bf16" and self.device.type == "cpu" and (cost := precision.bf16_cost()) > 8:
+            self.console.message(
+                f"train.precision is bf16, which this CPU has no instructions for: products take {cost:.0f} times as "
+                "long as in float32, large ones even longer. train.precision=fp32 is faster here."
+            )
         for name, parameter in model.named_parameters():
             if part_of(name) in config.train.freeze:
                 parameter.requires_grad_(False)
