@@ -5,7 +5,8 @@
 Three parts: both sides in turns, with as many layers as hold both; ours alone, with as many layers as fit, windows of
 8K; ours alone, one window of 64K. The first two as written, with train.compile, and with experts in FP8 too. Hidden
 size 2560, 64 experts of 1664, six of them per token, vocabulary 100,352, bf16 with float32 master weights, natural
-routing.
+routing. A step of 8K windows has eight of them, in micro-batches: one GPU updates all weights by itself, where in a
+training run hundreds share that, and with a single window the update would take half the step.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ MOST_LAYERS = 28
 class Size:
     layers: int
     tokens: int = 8192
-    windows: int = 1
+    windows: int = 8
+    micro_batch: int = 1
+    """Of these windows."""
     recompute: Recompute = "selective"
     compile: bool = False
     fp8: bool = False
@@ -61,6 +64,7 @@ class Size:
 
     def __str__(self) -> str:
         windows = f"{self.windows} x " if self.windows > 1 else ""
+        windows += f"({self.micro_batch} at once) " if self.micro_batch > 1 else ""
         more = ", compiled" * self.compile + ", experts in FP8" * self.fp8
         return f"{self.layers} layers, {windows}{self.tokens:,} tokens, recompute {self.recompute}{more}"
 
@@ -81,8 +85,11 @@ def main() -> None:
     both = Size(1 if tiny else 2, 64 if tiny else 8192, tiny=tiny)
     for size in variants(both):
         show([side_by_side(size, device, turns, ceiling)])
-    most = Size(2 if tiny else MOST_LAYERS, 64 if tiny else 8192, tiny=tiny)
-    for size in (*variants(most), replace(most, tokens=256 if tiny else 65536, recompute="full")):
+    most = Size(2 if tiny else MOST_LAYERS, 64 if tiny else 8192, micro_batch=2, tiny=tiny)
+    for size in (
+        *variants(most),
+        replace(most, tokens=256 if tiny else 65536, windows=1, micro_batch=1, recompute="full"),
+    ):
         print(json.dumps(alone(size, device, turns, ceiling)), flush=True)
     dist.destroy_process_group()
 
@@ -159,13 +166,14 @@ def build_ours(size: Size, device: torch.device) -> Run:
     initialise(model, config.init_std, seed=0)
     optimizer = build_optimizer(model, OptimizerConfig(lr=1e-4))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    batch = batch_of(size).to(device)
+    batches = [batch.to(device) for batch in batches_of(size)]
     totals = Totals(targets=size.tokens * size.windows, tokens=size.tokens * size.windows)
     counts = torch.ones(config.num_layers, config.num_experts, dtype=torch.float64, device=device)
 
     def run() -> None:
-        set_last_micro_batch(model, True)
-        objective(model(batch), totals, counts, config).backward()
+        for batch in batches:
+            set_last_micro_batch(model, batch is batches[-1])
+            objective(model(batch), totals, counts, config).backward()
         clip_gradients(parameters, 1.0, meshes.num_replicas)
         optimizer.step()
         optimizer.zero_grad()
@@ -173,11 +181,13 @@ def build_ours(size: Size, device: torch.device) -> Run:
     return run
 
 
-def batch_of(size: Size) -> MicroBatch:
-    tokens = size.tokens * size.windows
-    ids = torch.randint(10, size.model().vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
+def batches_of(size: Size) -> list[MicroBatch]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = size.tokens * size.micro_batch
+    rows = torch.randint(10, size.model().vocab_size, (size.windows // size.micro_batch, tokens), generator=generator)
     starts = torch.arange(0, tokens + 1, size.tokens, dtype=torch.int32)
-    return MicroBatch(ids, ids.roll(-1), starts, size.tokens, torch.zeros(size.windows, dtype=torch.int64))
+    sources = torch.zeros(size.micro_batch, dtype=torch.int64)
+    return [MicroBatch(ids, ids.roll(-1), starts, size.tokens, sources) for ids in rows]
 
 
 def build_theirs(size: Size, device: torch.device) -> Run:
@@ -189,10 +199,11 @@ def build_theirs(size: Size, device: torch.device) -> Run:
     with device:
         model = build(config, dtype=torch.bfloat16, experts_implementation="grouped_mm").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = batch_of(size).token_ids.view(size.windows, size.tokens).to(device)
+    windows = [batch.token_ids.view(-1, size.tokens).to(device) for batch in batches_of(size)]
 
     def run() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        for ids in windows:
+            (model(input_ids=ids, labels=ids).loss / len(windows)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

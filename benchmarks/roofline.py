@@ -31,6 +31,8 @@ TOKENS = 8192
 PRODUCTS = ("mm", "bmm", "addmm", "_grouped_mm", "_varlen_attn", "_varlen_attn_backward")
 SPARSE = ("gather", "index_put_", "index_add_", "scatter", "embedding")
 """Touch as many elements as are picked, not all of their largest operand."""
+UPDATE_BYTES = 4 + 8 + 28 + 6
+"""Per weight: its gradient's norm, clipping, AdamW on four float32 tensors, the weight in bf16."""
 
 
 class Tally(TorchDispatchMode):
@@ -46,7 +48,7 @@ class Tally(TorchDispatchMode):
         name = func.name().split("::")[1].split(".")[0]
         if not func.is_view and "empty" not in name and name not in ("detach", "_unsafe_view"):
             self.launches[name] += 1
-            self.bytes[name] += moved(name, args, kwargs, out)
+            self.bytes[name] += moved_by(name, args, kwargs, out)
         return out
 
     @property
@@ -54,7 +56,7 @@ class Tally(TorchDispatchMode):
         return sum(count for name, count in self.bytes.items() if name not in PRODUCTS)
 
 
-def moved(name: str, args: Any, kwargs: Any, out: Any) -> int:
+def moved_by(name: str, args: Any, kwargs: Any, out: Any) -> int:
     """Bytes read and written, each tensor once; what is expanded counts as what is stored."""
     tensors = {id(x): x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}.values()
     sizes = sorted(x.untyped_storage().nbytes() if 0 in x.stride() else x.nbytes for x in tensors)
@@ -63,8 +65,8 @@ def moved(name: str, args: Any, kwargs: Any, out: Any) -> int:
 
 def step(config: ModelConfig) -> Tally:
     """One window of one document, in bf16."""
+    model = meta_model(config)
     with torch.device("meta"):
-        model = AriaModel(config).bfloat16()
         ids = torch.zeros(TOKENS, dtype=torch.int64)
         starts = torch.zeros(2, dtype=torch.int32)
         batch = MicroBatch(ids, ids, starts, TOKENS, torch.zeros(1, dtype=torch.int64), target_positions=ids)
@@ -72,6 +74,11 @@ def step(config: ModelConfig) -> Tally:
         output = model(batch)
         (output.loss_sum + output.router.z_sum.sum() + output.router.prob_sums.sum()).backward()
     return tally
+
+
+def meta_model(config: ModelConfig) -> AriaModel:
+    with torch.device("meta"):
+        return AriaModel(config).bfloat16()
 
 
 def main() -> None:
@@ -100,11 +107,16 @@ def main() -> None:
             f"| {of(launches):.0f} | {host:.1f} ms |"
         )
         totals = [totals[0] + count * of(flops), totals[1] + count * (products + between) / 1e3]
+    moved = UPDATE_BYTES * _increase([sum(p.numel() for p in meta_model(config).parameters()) for config in (one, two)])
+    lines.append(
+        f"| the update of a layer's weights: once per step, divided among ranks | | | "
+        f"{moved / arguments.bandwidth / 1e6:.1f} ms | {moved / 1e9:.1f} GB | | |"
+    )
     rate = totals[0] / totals[1] / 1e12
     text = (
         f"Calculated for {TOKENS:,} tokens at {arguments.tflops:.0f} TFLOP/s, {arguments.bandwidth:.0f} GB/s and "
         f"{arguments.launch:g} µs per launch, nothing overlapped or fused: {rate:.0f} TFLOP/s by activated parameters "
-        f"with {layers} layers, the optimizer left out.\n\n" + "\n".join(lines)
+        f"with {layers} layers, before the update.\n\n" + "\n".join(lines)
     )
     print(text)
     fill(PAGE, "what a GPU's step moves", text)

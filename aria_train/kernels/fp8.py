@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import ScalingType
 
 from aria_train.errors import ConfigError
 from aria_train.kernels.compiled import chain
@@ -47,7 +46,7 @@ def require(device: torch.device) -> None:
     ends = torch.full((1,), ALIGNMENT, dtype=torch.int32, device=device)
     try:
         grouped_mm(row[0], column, ends)
-    except (RuntimeError, ValueError) as error:  # NotImplementedError is one of the first
+    except (RuntimeError, ValueError, AttributeError) as error:  # no kernel, or no function
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}"
         reason = str(error).strip().partition(". ")[0].partition("\n")[0]
         raise ConfigError(
@@ -70,7 +69,7 @@ def _product(rows_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """One operator, so that selective recomputation keeps what comes out and quantises nothing again."""
     rows, row_scales_S = quantise(rows_SI)
     columns_EOI, column_scales_EO = quantise(weight_EIO.mT)
-    by_row = ScalingType.RowWise
+    by_row = F.ScalingType.RowWise
     return F.scaled_grouped_mm(  # type: ignore[attr-defined, no-any-return, unused-ignore]
         rows, columns_EOI.mT, row_scales_S, by_row, column_scales_EO, by_row,
         offs=ends_E, output_dtype=rows_SI.dtype, use_fast_accum=True,

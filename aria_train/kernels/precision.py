@@ -10,7 +10,7 @@ _SIZE = 128
 
 
 def bf16_cost() -> float:
-    """How many times as long a matrix product takes this CPU in bf16 as in float32; in 10 to 50 ms."""
+    """How many times as long a matrix product takes this CPU in bf16 as in float32."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(_SIZE, _SIZE, dtype=dtype)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from aria_train.config import LoraConfig
 from aria_train.model.decoder import DecoderLayer
 from aria_train.model.hf.names import published_name, text_only
-from aria_train.moe.experts import GroupedExperts, local
+from aria_train.moe.experts import GroupedExperts, grouped_mm, local
 
 _PROJECTIONS = ("q", "k", "v", "o")
 _EXPERT_WEIGHTS = ("gate_up", "down")
@@ -63,8 +63,8 @@ class LoraExperts(GroupedExperts):
 
     def multiply(self, name: str, rows_SI: Tensor, offsets_E: Tensor) -> Tensor:
         a_EIR, b_ERO = (local(getattr(self, f"{name}_lora_{letter}")) for letter in "AB")
-        low_SR = F.grouped_mm(rows_SI, a_EIR, offs=offsets_E)
-        return super().multiply(name, rows_SI, offsets_E) + self.scale * F.grouped_mm(low_SR, b_ERO, offs=offsets_E)
+        added_SO = grouped_mm(grouped_mm(rows_SI, a_EIR, offsets_E), b_ERO, offsets_E)
+        return super().multiply(name, rows_SI, offsets_E) + self.scale * added_SO
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, frozen_dtype: torch.dtype) -> None:

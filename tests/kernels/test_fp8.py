@@ -16,7 +16,7 @@ from aria_train.errors import ConfigError
 from aria_train.kernels import fp8
 from aria_train.kernels.compiled import compile_chains
 from aria_train.model import AriaModel
-from aria_train.moe.experts import GroupedExperts, use_fp8
+from aria_train.moe.experts import GroupedExperts, grouped_mm, use_fp8
 from tests.model.test_decoder import DOCUMENTS, model_config, pack
 
 ENDS = torch.tensor([5, 5, 16, 19], dtype=torch.int32)
@@ -119,6 +119,17 @@ def test_a_frozen_weight_gets_no_gradient(calls: list[int]) -> None:
     rows, weight = torch.randn(19, 32).bfloat16().requires_grad_(), torch.randn(4, 32, 16).bfloat16()
     fp8.grouped_mm(rows, weight, ENDS).sum().backward()
     assert rows.grad is not None
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_no_rows_and_zero_gradients(in_fp8: bool) -> None:
+    """A rank whose experts nobody chose: no kernel is called, and there is a gradient to reduce."""
+    rows, weight = torch.zeros(0, 32).bfloat16().requires_grad_(), torch.randn(4, 32, 16).bfloat16().requires_grad_()
+    out = grouped_mm(rows, weight, torch.zeros(4, dtype=torch.int32), in_fp8)
+    out.sum().backward()
+    assert out.shape == (0, 16)
+    assert rows.grad is not None
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
 def test_strided_rows(calls: list[int]) -> None:
