@@ -33,7 +33,7 @@ WIDTHS = (128, 256, 512)
 LAYOUTS = {"ZeRO 2": (1, 8), "EP 2": (2, 8), "ZeRO 2, larger batch": (1, 32)}
 """Expert parallel sizes of two ranks, and windows of a step, 256 tokens each. What ZeRO moves grows with the weights
 alone and what there is to compute with weights and tokens; what experts exchange grows with tokens and width."""
-_COPIES = ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat")
+_COPIES = ("fsdp::all_gather_copy_in", "fsdp::split_with_sizes_copy", "fsdp::chunk_cat")
 
 
 def rows(turns: int) -> list[Row]:
@@ -137,9 +137,7 @@ def _copies(step: Run, steps: int = 3) -> float:
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         for _ in range(steps):
             step()
-    return sum(
-        event.cpu_time_total for event in trace.key_averages() if event.key.split("::")[-1].lstrip("_") in _COPIES
-    ) / (1e6 * steps)
+    return sum(event.cpu_time_total for event in trace.key_averages() if event.key in _COPIES) / (1e6 * steps)
 
 
 def _free_port() -> int:

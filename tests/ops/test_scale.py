@@ -67,6 +67,7 @@ def step(config: RunConfig, rank: int) -> tuple[dict[str, int], dict[str, int], 
         trainer.config, trainer.device = config, torch.device("cpu")
         trainer.meshes = build_meshes(config.parallel, trainer.device)
         trainer.loader = SimpleNamespace(sources=[], epochs=lambda step: {})  # type: ignore[assignment]
+        trainer.console = SimpleNamespace(message=lambda text: None)  # type: ignore[assignment]
         trainer.watchdog = SimpleNamespace(beat=lambda step, doing: None)  # type: ignore[assignment]
         trainer.guard = Guard(GuardConfig(), GuardState())
         without_data = FakeTensorMode(allow_non_fake_inputs=True)
