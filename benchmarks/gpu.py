@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +42,8 @@ from benchmarks.measure import Run, compare, gemm_ceiling, seconds_of
 from benchmarks.table import Row, machine, show
 
 MOST_LAYERS = 28
+
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -82,15 +86,13 @@ def main() -> None:
     ceiling = gemm_ceiling(torch.bfloat16, 512 if tiny else 8192)
     print(", ".join(f"{k} {v}" for k, v in machine().items()), f"bf16 GEMM {ceiling / 1e12:.1f} TFLOP/s", sep=", ")
 
-    both = Size(1 if tiny else 2, 64 if tiny else 8192, tiny=tiny)
+    both = Size(1 if tiny else 4, 64 if tiny else 8192, tiny=tiny)
     for size in variants(both):
-        show([side_by_side(size, device, turns, ceiling)])
+        show([fitting(size, lambda size: side_by_side(size, device, turns, ceiling))])
     most = Size(2 if tiny else MOST_LAYERS, 64 if tiny else 8192, micro_batch=2, tiny=tiny)
-    for size in (
-        *variants(most),
-        replace(most, tokens=256 if tiny else 65536, windows=1, micro_batch=1, recompute="full"),
-    ):
-        print(json.dumps(alone(size, device, turns, ceiling)), flush=True)
+    long = replace(most, tokens=256 if tiny else 65536, windows=1, micro_batch=1, recompute="full")
+    for size in (*variants(most), long):
+        print(json.dumps(fitting(size, lambda size: alone(size, device, turns, ceiling))), flush=True)
     dist.destroy_process_group()
 
 
@@ -106,30 +108,30 @@ def variants(size: Size) -> Iterator[Size]:
         yield replace(compiled, fp8=True)
 
 
+def fitting(size: Size, measure: Callable[[Size], Measured]) -> Measured:
+    """What is measured with the most layers that fit, up to those of `size`."""
+    while True:
+        clean()
+        try:
+            return measure(size)
+        except torch.OutOfMemoryError as error:
+            if size.layers == 1:
+                sys.exit(f"make bench-gpu: not even one layer fits this GPU ({size}): {error}")
+            size = replace(size, layers=size.layers - 1 if size.layers <= 8 else size.layers // 2)
+
+
 def side_by_side(size: Size, device: torch.device, turns: int, ceiling: float) -> Row:
-    clean()
     comparison = compare(build_ours(size, device), build_theirs(size, device), turns, warmup=2)
     share = flops(size) / comparison.seconds[0] / ceiling
     return Row("training step, full width", "transformers' Aria, grouped_mm", comparison, f"bf16, {size}", share)
 
 
 def alone(size: Size, device: torch.device, turns: int, ceiling: float) -> dict[str, Any]:
-    """With the most layers that fit, up to those of `size`."""
-    while True:
-        clean()
-        try:
-            run = build_ours(size, device)
-            times = sorted(seconds_of(run) for _ in range(turns + 2))[: turns // 2 + 1]
-            break
-        except torch.OutOfMemoryError:
-            run = None
-            if size.layers == 1:
-                return {"size": str(size), "result": "not even one layer fits"}
-            size = replace(size, layers=size.layers - 1 if size.layers <= 8 else size.layers // 2)
-    seconds, tokens = times[-1], size.tokens * size.windows
+    run = build_ours(size, device)
+    for _ in range(2):
+        run()
+    seconds, tokens = statistics.median(seconds_of(run) for _ in range(turns)), size.tokens * size.windows
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    del run
-    clean()
     return {
         "size": str(size),
         "tokens_per_second": tokens / seconds,
