@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aria_train import kernels
 from aria_train.batch import ImageBatch
 from aria_train.config import VisionConfig
 from aria_train.data.multimodal.positions import position_ids
 from aria_train.errors import DataError
+from aria_train.kernels.feed_forward import gelu_linear
 from aria_train.model.attention import document_attention
 from aria_train.model.recompute import Recompute, run_layer
 
@@ -92,7 +94,10 @@ class VisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_size, config.hidden_size)
 
     def forward(self, x_PC: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x_PC), approximate="tanh"))
+        hidden_PF = self.fc1(x_PC)
+        if kernels.by_hand(x_PC):
+            return gelu_linear(hidden_PF, self.fc2.weight, self.fc2.bias)
+        out: Tensor = self.fc2(F.gelu(hidden_PF, approximate="tanh"))
         return out
 
 

@@ -14,7 +14,7 @@ from aria_train import kernels
 from aria_train.kernels import fp8
 from aria_train.kernels.compiled import chain
 from aria_train.kernels.experts import grouped_swiglu, mixture
-from aria_train.kernels.swiglu import swiglu
+from aria_train.kernels.feed_forward import swiglu_linear
 
 
 class GroupedExperts(nn.Module):
@@ -63,7 +63,9 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         gate_TF, up_TF = self.gate(x_TH), self.up(x_TH)
-        out: Tensor = self.down((swiglu if kernels.by_hand(x_TH) else _swiglu)(gate_TF, up_TF))
+        if kernels.by_hand(x_TH):
+            return swiglu_linear(gate_TF, up_TF, self.down.weight)
+        out: Tensor = self.down(_swiglu(gate_TF, up_TF))
         return out
 
 

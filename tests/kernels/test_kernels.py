@@ -15,9 +15,9 @@ from aria_train.kernels.attention import is_short, short_attention
 from aria_train.kernels.batches import Plan
 from aria_train.kernels.experts import grouped_swiglu, mixture
 from aria_train.kernels.exponentials import exponentials
+from aria_train.kernels.feed_forward import gelu_linear, swiglu_linear
 from aria_train.kernels.norm import rms_norm
 from aria_train.kernels.rope import rotate
-from aria_train.kernels.swiglu import swiglu
 
 
 @pytest.fixture(autouse=True)
@@ -109,11 +109,26 @@ def test_exponentials_in_place(dtype: torch.dtype) -> None:
     torch.testing.assert_close(logits, exact.to(dtype), rtol=0, atol=0)
 
 
-def test_swiglu_of_the_halves_of_one_tensor() -> None:
-    both = torch.randn(13, 8, dtype=torch.float64)
+def test_swiglu_of_the_halves_of_one_tensor_and_the_product_after_it() -> None:
+    both, weight = torch.randn(13, 8, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     gate, up = both.chunk(2, dim=-1)
-    torch.testing.assert_close(swiglu(gate, up), F.silu(gate) * up)
-    gradcheck(lambda both: swiglu(*both.chunk(2, dim=-1)), both)
+    torch.testing.assert_close(swiglu_linear(gate, up, weight), (F.silu(gate) * up) @ weight.T)
+    gradcheck(lambda both, weight: swiglu_linear(*both.chunk(2, dim=-1), weight), both, weight)
+
+
+@pytest.mark.parametrize("rows", [13, 0])
+def test_gelu_and_the_product_after_it(rows: int) -> None:
+    x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((rows, 8), (3, 8), (3,)))
+    torch.testing.assert_close(gelu_linear(x, weight, bias), F.linear(F.gelu(x, approximate="tanh"), weight, bias))
+    gradcheck(gelu_linear, x, weight, bias)
+
+
+def test_a_frozen_product_after_an_activation_gets_no_gradient() -> None:
+    x, weight, bias = torch.randn(13, 8).requires_grad_(), torch.randn(3, 8), torch.randn(3)
+    (gelu_linear(x, weight, bias) + swiglu_linear(x, x, weight)).sum().backward()
+    wanted = x.detach().requires_grad_()
+    (F.linear(F.gelu(wanted, approximate="tanh"), weight, bias) + (F.silu(wanted) * wanted) @ weight.T).sum().backward()
+    torch.testing.assert_close(x.grad, wanted.grad)
 
 
 @pytest.mark.parametrize("filling", [0, 1 << 10, 1 << 16])
