@@ -31,8 +31,11 @@ TOKENS = 8192
 PRODUCTS = ("mm", "bmm", "addmm", "_grouped_mm", "_varlen_attn", "_varlen_attn_backward")
 SPARSE = ("gather", "index_put_", "index_add_", "scatter", "embedding")
 """Touch as many elements as are picked, not all of their largest operand."""
-UPDATE_BYTES = 4 + 8 + 28 + 6
-"""Per weight: its gradient's norm, clipping, AdamW on four float32 tensors, the weight in bf16."""
+PER_WEIGHT = {
+    "adding its gradients up, per micro-batch": 2 + 8,
+    "its update, once per step and divided among ranks": 4 + 8 + 28 + 6,
+}
+"""Bytes moved: a gradient in bf16, the sum in float32; norm, clipping, AdamW on four tensors, the weight in bf16."""
 
 
 class Tally(TorchDispatchMode):
@@ -107,16 +110,15 @@ def main() -> None:
             f"| {of(launches):.0f} | {host:.1f} ms |"
         )
         totals = [totals[0] + count * of(flops), totals[1] + count * (products + between) / 1e3]
-    moved = UPDATE_BYTES * _increase([sum(p.numel() for p in meta_model(config).parameters()) for config in (one, two)])
-    lines.append(
-        f"| the update of a layer's weights: once per step, divided among ranks | | | "
-        f"{moved / arguments.bandwidth / 1e6:.1f} ms | {moved / 1e9:.1f} GB | | |"
-    )
+    weights = _increase([sum(p.numel() for p in meta_model(config).parameters()) for config in (one, two)])
+    for what, each in PER_WEIGHT.items():
+        time, size = f"{weights * each / arguments.bandwidth / 1e6:.1f} ms", f"{weights * each / 1e9:.1f} GB"
+        lines.append(f"| a layer whose experts all lie on one GPU: {what} | | | {time} | {size} | | |")
     rate = totals[0] / totals[1] / 1e12
     text = (
         f"Calculated for {TOKENS:,} tokens at {arguments.tflops:.0f} TFLOP/s, {arguments.bandwidth:.0f} GB/s and "
         f"{arguments.launch:g} µs per launch, nothing overlapped or fused: {rate:.0f} TFLOP/s by activated parameters "
-        f"with {layers} layers, before the update.\n\n" + "\n".join(lines)
+        f"with {layers} layers, before gradients are added up and weights updated.\n\n" + "\n".join(lines)
     )
     print(text)
     fill(PAGE, "what a GPU's step moves", text)
