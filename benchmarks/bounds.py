@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import Run, gemm_ceilings
+from benchmarks.measure import Run, precisions
 from benchmarks.page import fill
 from benchmarks.table import machine
 from benchmarks.training_step import TEXT, Shape, build_ours, build_theirs
@@ -46,8 +46,8 @@ def main() -> None:
         "| --- " * (len(KINDS) + 5) + "|",
     ]
     print("\n".join(lines))
-    precisions = gemm_ceilings()
-    for shape in [shape for shape in TEXT if shape.precision in precisions]:
+    measured = precisions()
+    for shape in [shape for shape in TEXT if shape.precision in measured]:
         lines += compared(shape, arguments.steps)
         print("\n".join(lines[-2:]), flush=True)
     facts = ", ".join(f"{key} {value}" for key, value in machine().items())

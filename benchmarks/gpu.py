@@ -16,7 +16,7 @@ import gc
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -87,25 +87,25 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in machine().items()), f"bf16 GEMM {ceiling / 1e12:.1f} TFLOP/s", sep=", ")
 
     both = Size(1 if tiny else 4, 64 if tiny else 8192, tiny=tiny)
-    for size in variants(both):
+    chosen = ways(device)
+    for size in [replace(both, **way) for way in chosen]:
         show([fitting(size, lambda size: side_by_side(size, device, turns, ceiling))])
     most = Size(2 if tiny else MOST_LAYERS, 64 if tiny else 8192, micro_batch=2, tiny=tiny)
     long = replace(most, tokens=256 if tiny else 65536, windows=1, micro_batch=1, recompute="full")
-    for size in (*variants(most), long):
+    for size in [*(replace(most, **way) for way in chosen), long]:
         print(json.dumps(fitting(size, lambda size: alone(size, device, turns, ceiling))), flush=True)
     dist.destroy_process_group()
 
 
-def variants(size: Size) -> Iterator[Size]:
+def ways(device: torch.device) -> list[dict[str, Any]]:
     """As written, compiled, and compiled with experts in FP8 where the device has it."""
-    compiled = replace(size, compile=True)
-    yield from (size, compiled)
+    found: list[dict[str, Any]] = [{}, {"compile": True}, {"compile": True, "fp8": True}]
     try:
-        fp8.require(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        fp8.require(device)
     except ConfigError as error:
         print(f"FP8 is left out: {error}", flush=True)
-    else:
-        yield replace(compiled, fp8=True)
+        found.pop()
+    return found
 
 
 def fitting(size: Size, measure: Callable[[Size], Measured]) -> Measured:

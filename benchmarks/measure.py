@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from aria_train.kernels.precision import bf16_cost
+from aria_train.kernels import multiplies_bf16
 
 Run = Callable[[], object]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,12 +87,16 @@ def gemm_ceiling(dtype: torch.dtype, size: int = 2048, turns: int = 7) -> float:
 
 
 def gemm_ceilings() -> dict[str, float]:
-    """Of each precision that the machine has instructions for; a CPU without them takes hundreds of times as long."""
-    precisions = dict(DTYPES)
-    if not torch.cuda.is_available() and (cost := bf16_cost()) > 8:
-        print(f"bf16 is left out: products take this CPU {cost:.0f} times as long as in fp32", flush=True)
-        del precisions["bf16"]
-    return {name: gemm_ceiling(dtype) for name, dtype in precisions.items()}
+    """Of each precision that the machine has instructions for."""
+    return {name: gemm_ceiling(DTYPES[name]) for name in precisions()}
+
+
+def precisions() -> list[str]:
+    """Those that the machine has instructions for; without them a step would take minutes."""
+    if torch.cuda.is_available() or multiplies_bf16():
+        return list(DTYPES)
+    print("bf16 is left out: this CPU has no instructions for it", flush=True)
+    return ["fp32"]
 
 
 def forget(paths: Iterable[Path]) -> None:

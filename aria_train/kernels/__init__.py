@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -28,6 +29,12 @@ def on_cpu(x: Tensor) -> bool:
 def by_hand(x: Tensor) -> bool:
     """The same for what torch.compile makes too, and then is left to it."""
     return on_cpu(x) and not compiled.enabled()
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for it: one without them, before AVX-512 in general, multiplies number by
+    number, a large product in hundreds of times as long as in float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def blocks(x: Tensor) -> Iterator[slice]:

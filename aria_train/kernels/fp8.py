@@ -21,9 +21,6 @@ from torch import Tensor
 from aria_train.errors import ConfigError
 from aria_train.kernels.compiled import chain
 
-ALIGNMENT = 16
-"""Inputs and outputs must be multiples of it."""
-
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _SMALLEST_PEAK = 1e-30
 """A row of zeros is scaled as if this were its largest value."""
@@ -31,21 +28,11 @@ _MANTISSA, _EXPONENT = 0x007FFFFF, -0x00800000
 """Bits of a float32: its fraction; its sign and exponent."""
 
 
-def grouped_mm(rows_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows times their expert's matrix, differentiable: bf16 [S, I] and [E, I, O] -> bf16 [S, O].
-
-    ends: int32 [E], the end of each expert's rows.
-    """
-    out: Tensor = _product(rows_SI, weight_EIO, ends_E)
-    return out
-
-
 def require(device: torch.device) -> None:
     """Raises ConfigError where the device multiplies no FP8."""
-    row, column = (torch.ones(1, ALIGNMENT, ALIGNMENT, dtype=torch.bfloat16, device=device) for _ in range(2))
-    ends = torch.full((1,), ALIGNMENT, dtype=torch.int32, device=device)
+    weight = torch.ones(1, 16, 16, dtype=torch.bfloat16, device=device)
     try:
-        grouped_mm(row[0], column, ends)
+        grouped_mm(weight[0], weight, torch.full((1,), 16, dtype=torch.int32, device=device))
     except (RuntimeError, ValueError, AttributeError) as error:  # no kernel, or no function
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}"
         reason = str(error).strip().partition(". ")[0].partition("\n")[0]
@@ -65,8 +52,12 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("aria_train::fp8_grouped_mm", mutates_args=())
-def _product(rows_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """One operator, so that selective recomputation keeps what comes out and quantises nothing again."""
+def grouped_mm(rows_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows times their expert's matrix, differentiable: bf16 [S, I] and [E, I, O] -> bf16 [S, O].
+
+    ends: int32 [E], the end of each expert's rows. S is not 0; I and O are multiples of 16. One operator, so that
+    selective recomputation keeps what comes out and quantises nothing again.
+    """
     rows, row_scales_S = quantise(rows_SI)
     columns_EOI, column_scales_EO = quantise(weight_EIO.mT)
     by_row = F.ScalingType.RowWise
@@ -76,7 +67,7 @@ def _product(rows_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-@_product.register_fake
+@grouped_mm.register_fake
 def _(rows_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     return rows_SI.new_empty(rows_SI.shape[0], weight_EIO.shape[2])
 
@@ -85,7 +76,7 @@ def _backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, Tensor | None, 
     rows_SI, weight_EIO, ends_E = ctx.saved_tensors
     need_rows, need_weight, _ = ctx.needs_input_grad
     grad_SO = grad_SO.contiguous()
-    grad_rows = _product(grad_SO, weight_EIO.mT, ends_E) if need_rows else None
+    grad_rows = grouped_mm(grad_SO, weight_EIO.mT, ends_E) if need_rows else None
     grad_weight = F.grouped_mm(rows_SI.mT, grad_SO, offs=ends_E) if need_weight else None
     return grad_rows, grad_weight, None
 
@@ -94,4 +85,4 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-_product.register_autograd(_backward, setup_context=_keep)
+grouped_mm.register_autograd(_backward, setup_context=_keep)

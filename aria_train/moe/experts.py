@@ -82,7 +82,8 @@ def grouped_mm(rows_SI: Tensor, weight_EIO: Tensor, offsets_E: Tensor, in_fp8: b
     if not rows_SI.shape[0]:
         return rows_SI @ weight_EIO[0]  # a kernel need not take nothing; weights get zero gradients
     if in_fp8:
-        return fp8.grouped_mm(rows_SI, weight_EIO, offsets_E)
+        out: Tensor = fp8.grouped_mm(rows_SI, weight_EIO, offsets_E)
+        return out
     return F.grouped_mm(rows_SI, weight_EIO, offs=offsets_E)
 
 

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from aria_train import kernels
 from aria_train.batch import MicroBatch
 from aria_train.config import RunConfig, check_world, dump_config
 from aria_train.data.loader import Loader
 from aria_train.errors import ConfigError, Stopped
 from aria_train.eval.loss import evaluate_loss
 from aria_train.eval.probes import Probes
-from aria_train.kernels import precision
 from aria_train.kernels.compiled import compile_chains
 from aria_train.model import AriaModel
 from aria_train.model.aria import part_of
@@ -193,10 +193,10 @@ class Trainer:
         compile_chains(config.train.compile, self.device)
         if config.train.compile:
             self.console.message("train.compile: the first step compiles too, which may take a minute")
-        if config.train.precision == "bf16" and self.device.type == "cpu" and (cost := precision.bf16_cost()) > 8:
+        if config.train.precision == "bf16" and self.device.type == "cpu" and not kernels.multiplies_bf16():
             self.console.message(
-                f"train.precision is bf16, which this CPU has no instructions for: products take {cost:.0f} times as "
-                "long as in float32, large ones even longer. train.precision=fp32 is faster here."
+                "train.precision is bf16, which this CPU has no instructions for: products take many times as long as "
+                "in float32. train.precision=fp32 is faster here."
             )
         for name, parameter in model.named_parameters():
             if part_of(name) in config.train.freeze:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from aria_train import kernels
 from aria_train.config import RunConfig
+from aria_train.train.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.tiny import read_steps, tiny_config, unequal_corpora, with_values
 
@@ -127,3 +130,14 @@ def test_gradients_of_many_micro_batches_add_up_in_float32(runs: Any) -> None:
     """Added up in bf16, 12 micro-batches would lose what a few of them do not."""
     few, many = (runs[name, "bf16"][0][0] for name in ("1 rank", "1 rank, 12 micro-batches"))
     assert many["grad_norm"] == pytest.approx(few["grad_norm"], rel=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("has", "chosen", "says"), [(False, "bf16", True), (True, "bf16", False), (False, "fp32", False)]
+)
+def test_a_run_says_that_bf16_is_slower_on_a_cpu_without_it(
+    has: bool, chosen: str, says: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: has)
+    Trainer(tiny_config(tmp_path / "run", unequal_corpora(tmp_path / "corpora"), train={"precision": chosen}))
+    assert ("this CPU has no instructions for" in capsys.readouterr().out) == says
