@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from aria_train.model import AriaModel
 from aria_train.model.decoder import DecoderLayer
 from aria_train.moe.dispatch import AllToAllDispatcher
-from aria_train.parallel.gloo import exchange_pairwise
+from aria_train.parallel.gloo import exchange_directly
 from aria_train.parallel.mesh import Meshes
 
 SMALLEST_UNIT = 1 << 20
@@ -78,7 +78,7 @@ def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        exchange_pairwise(module)
+    exchange_directly(fsdp_modules(model))
     return model
 
 

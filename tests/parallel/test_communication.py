@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from aria_train.config import RunConfig
 from aria_train.parallel import shard
-from aria_train.parallel.gloo import PairwiseAllGather, PairwiseReduceScatter
+from aria_train.parallel.gloo import DirectAllGather, DirectReduceScatter
 from aria_train.plan.communication import communication
 from aria_train.plan.layout import Layout, parameters_of
 from tests.distributed import run_distributed
@@ -34,7 +34,7 @@ UNITS = 2 * LAYERS + 1
 class Collectives(TorchDispatchMode):
     """Counts collective operations by name, with the bytes and dtypes of what they were given.
 
-    What `parallel/gloo.py` makes of exchanges counts under the names that other backends' have.
+    What `parallel/gloo.py` makes of shared memory and exchanges counts under the names that other backends' have.
     """
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class Collectives(TorchDispatchMode):
         self.dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
 
         self.patches = [
-            mock.patch.object(PairwiseAllGather, "__call__", self.counted("_allgather_base_", PairwiseAllGather)),
+            mock.patch.object(DirectAllGather, "__call__", self.counted("_allgather_base_", DirectAllGather)),
             mock.patch.object(
-                PairwiseReduceScatter, "__call__", self.counted("_reduce_scatter_base_", PairwiseReduceScatter)
+                DirectReduceScatter, "__call__", self.counted("_reduce_scatter_base_", DirectReduceScatter)
             ),
         ]
 
