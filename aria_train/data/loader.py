@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from aria_train.batch import ImageBatch, MicroBatch
 from aria_train.config import RunConfig
 from aria_train.data.mixture import Mixture
+from aria_train.data.multimodal.images import normalise
 from aria_train.data.permutation import permute
 from aria_train.data.text.corpus import open_source
 from aria_train.data.window import Source, Window
@@ -183,7 +184,7 @@ def _pack_images(windows: Sequence[Window]) -> ImageBatch | None:
     if not images:
         return None
     return ImageBatch(
-        patches=torch.from_numpy(np.concatenate([image.patches for image in images])),
+        patches=torch.from_numpy(normalise(np.concatenate([image.patches for image in images]))),
         position_ids=torch.from_numpy(np.concatenate([image.position_ids for image in images])),
         starts=_starts([len(image.patches) for image in images]),
         num_queries=[image.num_queries for image in images],

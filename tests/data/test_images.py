@@ -34,8 +34,8 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 
 def unpatch(processed: images.ProcessedImage, rows: int, columns: int, patch: int) -> np.ndarray:
-    """Patches back to pixels: [3, rows * patch, columns * patch]."""
-    grid = processed.patches.reshape(rows, columns, 3, patch, patch)
+    """Patches, as the encoder multiplies them, back to pixels: [3, rows * patch, columns * patch]."""
+    grid = images.normalise(processed.patches).reshape(rows, columns, 3, patch, patch)
     return grid.transpose(2, 0, 3, 1, 4).reshape(3, rows * patch, columns * patch)
 
 
@@ -58,7 +58,7 @@ def expect_released(crops, output, size: int, num_queries: int) -> float:
         valid = mask.reshape(size // 14, 14, size // 14, 14).any(axis=(1, 3))
         rows, columns = int(valid[:, 0].sum()), int(valid[0].sum())
         assert crop.patches.shape == (rows * columns, 3 * 14 * 14)
-        assert crop.patches.dtype == np.float32
+        assert crop.patches.dtype == np.uint8
         assert crop.num_queries == num_queries
         np.testing.assert_array_equal(crop.position_ids, position_ids(rows, columns, 70))
         expected = np.asarray(pixels)[:, : rows * 14, : columns * 14]
@@ -156,7 +156,7 @@ def test_blank_has_the_tokens_of_what_it_replaces():
     layout = images.layout_of(1800, 1200, ARIA, split_unit=490)
     crops = images.blank(layout, ARIA)
     assert [crop.num_queries for crop in crops] == [256] * layout.num_crops
-    assert all((crop.patches == -1).all() and len(crop.patches) == 24 * 24 for crop in crops)
+    assert all((crop.patches == 0).all() and len(crop.patches) == 24 * 24 for crop in crops)
 
 
 def test_patch_size_comes_from_the_configuration():

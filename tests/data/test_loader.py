@@ -197,7 +197,7 @@ def test_validation_takes_all_windows_of_a_small_source(config: RunConfig) -> No
 
 def image(patches: int, queries: int) -> Any:
     return SimpleNamespace(
-        patches=np.full((patches, 12), patches, np.float32),
+        patches=np.full((patches, 12), 51 * patches, np.uint8),
         position_ids=np.arange(patches, dtype=np.int64),
         num_queries=queries,
     )
@@ -213,7 +213,8 @@ def test_images_of_all_windows_become_one_sequence_of_patches() -> None:
     assert batch.images is not None
     assert batch.images.starts.tolist() == [0, 2, 7, 8]
     assert batch.images.starts.dtype == torch.int32
-    assert batch.images.patches[:, 0].tolist() == [2, 2, 5, 5, 5, 5, 5, 1]
+    assert batch.images.patches.dtype == torch.float32
+    assert batch.images.patches[:, 0].tolist() == pytest.approx([-0.2, -0.2, 1, 1, 1, 1, 1, -0.6])
     assert batch.images.position_ids.tolist() == [0, 1, 0, 1, 2, 3, 4, 0]
     assert batch.images.num_queries == [4, 8, 4]
     assert batch.images.query_starts is not None

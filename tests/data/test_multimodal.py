@@ -268,7 +268,7 @@ def test_a_broken_image_costs_its_sample_alone(tmp_path, caplog):
         if not np.array_equal(labels, expected_labels):
             differing += 1
             assert (labels == IGNORE_LABEL).all()
-            assert (found[0].patches == -1).all()
+            assert (found[0].patches == 0).all()
     assert differing == 1
 
 
@@ -324,6 +324,20 @@ def test_token_ids_that_do_not_match_their_images_are_refused(tmp_path):
     source = open_it(write(tmp_path / "corpus", [sample]))
     with pytest.raises(DataError, match="sample 0 holds 4 image tokens for images of 3"):
         source.read(0)
+
+
+@pytest.mark.parametrize("at", [0, 7, -1])
+@pytest.mark.parametrize("token", [-5, 10**6])
+def test_token_ids_outside_the_vocabulary_are_refused_by_sample(tmp_path, at, token):
+    samples = [make_sample([8], itertools.count(100 * n)) for n in (1, 2, 3)]
+    samples[1].token_ids[at] = token
+    samples[1].loss[at] = 1
+    folder = write(tmp_path / "corpus", samples)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "largest_token_id": 500}))
+    source = open_it(folder)
+    with pytest.raises(DataError, match=f"sample 1 holds token id {token}, outside 0 to"):
+        list(map(source.read, range(source.num_windows)))
 
 
 def test_samples_come_back_as_written_over_many_files(tmp_path, monkeypatch):

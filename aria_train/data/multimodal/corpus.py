@@ -95,12 +95,16 @@ class MultimodalSource:
         pieces = slice(int(self.plan.starts[position]), int(self.plan.starts[position + 1]))
         rows, numbers = self.plan.documents[pieces].tolist(), self.plan.pieces[pieces].tolist()
         read = [self._read_piece(row, number) for row, number in zip(rows, numbers, strict=True)]
-        return Window(
+        window = Window(
             token_ids=np.concatenate([token_ids for token_ids, _, _ in read]),
             labels=np.concatenate([labels for _, labels, _ in read]),
             document_lengths=np.array([len(token_ids) for token_ids, _, _ in read], np.int32),
             images=[image for _, _, processed in read for image in processed],
         )
+        if not self._is_sound(window):
+            for row in rows:
+                self._check_tokens(row)
+        return window
 
     def work(self, position: int) -> float:
         """Of a cut sample's images, each piece counts its share."""
@@ -123,7 +127,6 @@ class MultimodalSource:
         if positions > self._context_length:
             start, end = cut_points(positions, _kept_whole(sample.placements), self._context_length)[number]
         token_ids, targets = sample.token_ids[start:end], sample.token_ids[start + 1 : end + 1]
-        self._check_tokens(sample, row)
         labels = np.where(sample.loss[start + 1 : end + 1] == 1, targets, np.int32(IGNORE_LABEL))
         processed: list[ProcessedImage] = []
         for which, placement in enumerate(sample.placements):
@@ -155,8 +158,16 @@ class MultimodalSource:
         assert self._model.vision is not None, "checked when the source was opened"
         return self._model.vision
 
-    def _check_tokens(self, sample: Sample, row: int) -> None:
+    def _is_sound(self, window: Window) -> bool:
         """Token ids reach embedding tables and image counts: damage to a file must not go that far."""
+        ids = np.concatenate([window.token_ids, window.labels[window.labels != IGNORE_LABEL]])
+        image_tokens = np.count_nonzero(window.token_ids == self._model.image_token_id)
+        expected = sum(image.num_queries for image in window.images)
+        return ids.min() >= 0 and ids.max() < self._model.vocab_size and image_tokens == expected
+
+    def _check_tokens(self, row: int) -> None:
+        """Raises DataError if this is the sample that is damaged."""
+        sample = self.reader.sample(row)
         largest, smallest = int(sample.token_ids.max()), int(sample.token_ids.min())
         image_tokens = np.count_nonzero(sample.token_ids == self._model.image_token_id)
         expected = sum(placement.layout.num_tokens for placement in sample.placements)

@@ -2,7 +2,8 @@
 
 Two halves. `decode` turns untrusted bytes into an upright RGB image or raises `BadImage` with a one-line reason.
 `process` applies the released preprocessing: longer edge to the size class, shorter edge to at least `min_image_size`,
-bicubic, padded right and bottom with 0 before normalising. Patches that would be padding alone are never made.
+bicubic, padded right and bottom with 0 before normalising. Patches that would be padding alone are never made. Pixels
+stay bytes until a batch is put together.
 
 How many tokens an image becomes is known from its width and height alone (`layout_of`), so that corpora are prepared
 and packed without decoding.
@@ -45,8 +46,8 @@ class BadImage(Exception):
 class ProcessedImage:
     """What the vision encoder reads of one image (or of one crop of a split image). p = valid patches."""
 
-    patches: NDArray[np.float32]
-    """[p, 3 * patch * patch]: normalised pixels, channel-major within a patch, row-major over patches."""
+    patches: NDArray[np.uint8]
+    """[p, 3 * patch * patch]: pixels, channel-major within a patch, row-major over patches; see `normalise`."""
     position_ids: NDArray[np.int64]
     """[p]: index into the learned positions."""
     num_queries: int
@@ -283,6 +284,12 @@ def _patchify(pixels: NDArray[np.uint8], num_queries: int, vision: VisionConfig)
         pixels = padded
     patches = pixels.reshape(rows, patch, columns, patch, 3).transpose(0, 2, 4, 1, 3)
     flat = patches.reshape(rows * columns, 3 * patch * patch)
-    normalised = np.multiply(flat, np.float32(1 / 127.5), dtype=np.float32)  # (x / 255 - mean) / std with both 0.5
+    return ProcessedImage(flat, position_ids(rows, columns, vision.position_grid), num_queries)
+
+
+def normalise(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What the encoder multiplies: (x / 255 - mean) / std, with both 0.5."""
+    normalised = pixels.astype(np.float32)
+    normalised *= np.float32(1 / 127.5)
     normalised -= 1
-    return ProcessedImage(normalised, position_ids(rows, columns, vision.position_grid), num_queries)
+    return normalised
