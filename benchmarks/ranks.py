@@ -123,7 +123,7 @@ def _work(pipe: Connection, rank: int, ranks: int, port: int, cores: int, overri
     os.environ.update({name: str(value) for name, value in where.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(max(1, cores // ranks))
     step = taking(load_config(CONFIG, overrides))
-    for _ in range(2):
+    for _ in range(8):  # until no memory comes from the system any more, which copies would be charged with
         step()
     pipe.send(_copies(step))
     while pipe.recv():
