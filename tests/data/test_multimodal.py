@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
@@ -324,6 +325,14 @@ def test_token_ids_that_do_not_match_their_images_are_refused(tmp_path):
     source = open_it(write(tmp_path / "corpus", [sample]))
     with pytest.raises(DataError, match="sample 0 holds 4 image tokens for images of 3"):
         source.read(0)
+
+
+def test_an_image_that_stands_in_the_wrong_piece_is_refused(tmp_path):
+    sample = make_sample([70, SMALL, 20], itertools.count(100))
+    sample.placements[0] = dataclasses.replace(sample.placements[0], start=5)
+    source = open_it(write(tmp_path / "corpus", [sample]))
+    with pytest.raises(DataError, match=r"samples \[0\] hold image tokens where no image stands"):
+        list(map(source.read, range(source.num_windows)))
 
 
 @pytest.mark.parametrize("at", [0, 7, -1])

@@ -14,6 +14,7 @@ import json
 import logging
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,8 +103,7 @@ class MultimodalSource:
             images=[image for _, _, processed in read for image in processed],
         )
         if not self._is_sound(window):
-            for row in rows:
-                self._check_tokens(row)
+            self._refuse(rows)
         return window
 
     def work(self, position: int) -> float:
@@ -165,21 +165,22 @@ class MultimodalSource:
         expected = sum(image.num_queries for image in window.images)
         return ids.min() >= 0 and ids.max() < self._model.vocab_size and image_tokens == expected
 
-    def _check_tokens(self, row: int) -> None:
-        """Raises DataError if this is the sample that is damaged."""
+    def _refuse(self, rows: list[int]) -> NoReturn:
+        """Names the damaged one of a window's samples."""
+        wrong = next(filter(None, map(self._damage, rows)), f"samples {rows} hold image tokens where no image stands")
+        raise DataError(f"{self.reader.folder}: {wrong}. The corpus is damaged: copy or prepare it again.")
+
+    def _damage(self, row: int) -> str | None:
         sample = self.reader.sample(row)
         largest, smallest = int(sample.token_ids.max()), int(sample.token_ids.min())
         image_tokens = np.count_nonzero(sample.token_ids == self._model.image_token_id)
         expected = sum(placement.layout.num_tokens for placement in sample.placements)
         if largest >= self._model.vocab_size or smallest < 0:
-            wrong = f"token id {largest if smallest >= 0 else smallest}, outside 0 to {self._model.vocab_size - 1}"
-        elif image_tokens != expected:
-            wrong = f"{image_tokens} image tokens for images of {expected}"
-        else:
-            return
-        raise DataError(
-            f"{self.reader.folder}: sample {row} holds {wrong}. The corpus is damaged: copy or prepare it again."
-        )
+            outside = largest if smallest >= 0 else smallest
+            return f"sample {row} holds token id {outside}, outside 0 to {self._model.vocab_size - 1}"
+        if image_tokens != expected:
+            return f"sample {row} holds {image_tokens} image tokens for images of {expected}"
+        return None
 
 
 def plan_samples(reader: SampleReader, context_length: int, seed: int) -> PackingPlan:
