@@ -117,6 +117,7 @@ def _work(
     try:
         store = dist.FileStore(f"{folder}/store", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        dist.barrier()  # a rank that has ended before all are connected would be an error on the others
         # Plain pickle copies tensors; multiprocessing's own would share memory that goes with this process.
         answer = (True, pickle.dumps(function(*args)))
     except BaseException:
