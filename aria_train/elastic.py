@@ -1,10 +1,11 @@
 """torchrun with the signals and exit statuses that a scheduler needs: `python -m aria_train.elastic OPTIONS ...`.
 
-Takes torchrun's options, and differs from it in four ways. A request to stop (SIGTERM, SIGUSR1, Ctrl-C) is passed on
-to the workers, which take the time they need to save; torchrun gives them 30 seconds, and dies of SIGUSR1. Workers that
-stopped on request are not started again. Workers that are started again meet in a store of their own: torchrun hands
-them that of those that failed, where they find the addresses of the dead and wait for them. And the exit status says
-what to do: 0 done, 2 the user can mend it, 75 start it again, anything else a failure that restarts did not cure.
+Takes torchrun's options, and differs from it in five ways. A request to stop (SIGTERM, SIGUSR1, Ctrl-C) is passed on to
+the workers, which take the time they need to save; torchrun gives them 30 seconds, and dies of SIGUSR1. Workers that
+stopped on request are not started again, nor are those that met a mistake of the user's. Workers that are started again
+meet in a store of their own: torchrun hands them that of those that failed, where they find the addresses of the dead
+and wait for them. And the exit status says what to do: 0 done, 2 the user can mend it, 75 start it again, anything else
+a failure that restarts did not cure.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from aria_train.errors import EXIT_RESTART, EXIT_USER_ERROR
 from aria_train.train.signals import PASSED_ON, STOP_ASKED, STOP_SIGNALS
@@ -38,6 +40,7 @@ def leave_stopped() -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs torchrun in this process; returns the exit status."""
     asked = _pass_signals_on()
+    _leave_mistakes_alone()
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -73,6 +76,21 @@ def _pass_signals_on() -> list[int]:
     for number in (*STOP_SIGNALS, PASSED_ON):
         signal.signal(number, pass_on)
     return asked
+
+
+def _leave_mistakes_alone() -> None:
+    """Has no workers started again where one of them ended with what only the user can mend."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    look = LocalElasticAgent._monitor_workers
+
+    def look_for_mistakes(agent: Any, workers: Any) -> Any:
+        result = look(agent, workers)
+        if any(failure.exitcode == EXIT_USER_ERROR for failure in result.failures.values()):
+            agent._remaining_restarts = 0
+        return result
+
+    LocalElasticAgent._monitor_workers = look_for_mistakes  # type: ignore[method-assign]
 
 
 def _children() -> list[int]:

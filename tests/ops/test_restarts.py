@@ -1,4 +1,4 @@
-"""The launcher starts ranks again by itself after one has died."""
+"""The launcher starts ranks again by itself after one has died, unless that would not help."""
 
 from __future__ import annotations
 
@@ -23,10 +23,32 @@ print("met again" if dist.get_rank() == 0 else "", flush=True)
 
 @pytest.mark.distributed
 def test_ranks_that_start_again_do_not_wait_for_the_dead(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    command = [sys.executable, "-m", "aria_train.elastic", *options, str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = launch(tmp_path, PROGRAM)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("met again") == 1
+
+
+MISTAKE = """
+import os, sys, time
+from aria_train.errors import EXIT_USER_ERROR
+
+if os.environ["RANK"] == "0":
+    print("train.no_such_key", flush=True)
+    sys.exit(EXIT_USER_ERROR)
+time.sleep(60)
+"""
+
+
+@pytest.mark.distributed
+def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+    done = launch(tmp_path, MISTAKE)
+    assert done.returncode == 2
+    assert done.stdout.count("train.no_such_key") == 1
+
+
+def launch(folder: Path, program: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks of the program, that may start again once."""
+    (folder / "program.py").write_text(program)
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [sys.executable, "-m", "aria_train.elastic", *options, str(folder / "program.py")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
