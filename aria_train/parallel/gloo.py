@@ -7,7 +7,8 @@ time, and shared memory half to two thirds of that again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,25 +22,17 @@ from aria_train.parallel.shared_memory import SharedMemory
 def exchange_directly(modules: Sequence[FSDPModule]) -> None:
     """Lets sharded modules communicate this way, where ranks speak over gloo."""
     if dist.get_backend() == "gloo":
-        memories = _Memories()
+        memory_of = functools.cache(SharedMemory.of)  # made when a group first communicates, and gone with the modules
         for module in modules:
-            module.set_custom_all_gather(cast(Any, DirectAllGather(memories)))
-            module.set_custom_reduce_scatter(cast(Any, DirectReduceScatter(memories)))
-
-
-class _Memories(dict[dist.ProcessGroup, "SharedMemory | None"]):
-    """What the ranks of each group share, made when they first communicate."""
-
-    def __missing__(self, group: dist.ProcessGroup) -> SharedMemory | None:
-        self[group] = SharedMemory.of(group)
-        return self[group]
+            module.set_custom_all_gather(cast(Any, DirectAllGather(memory_of)))
+            module.set_custom_reduce_scatter(cast(Any, DirectReduceScatter(memory_of)))
 
 
 class _Communication:
     """What FSDP2's own communications have in common; it does not publish their type."""
 
-    def __init__(self, memories: Mapping[dist.ProcessGroup, SharedMemory | None]) -> None:
-        self._memories = memories
+    def __init__(self, memory_of: Callable[[dist.ProcessGroup], SharedMemory | None]) -> None:
+        self._memory_of = memory_of
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -53,7 +46,7 @@ class DirectAllGather(_Communication):
     ) -> None:
         assert not async_op
         parts = output_tensor.view(group.size(), -1)
-        if (memory := self._memories[group]) is not None:
+        if (memory := self._memory_of(group)) is not None:
             memory.all_gather(parts)
             return
         works = [
@@ -79,7 +72,7 @@ class DirectReduceScatter(_Communication):
         assert op == dist.ReduceOp.SUM
         assert not async_op
         parts = input_tensor.view(group.size(), -1)
-        if (memory := self._memories[group]) is not None:
+        if (memory := self._memory_of(group)) is not None:
             memory.reduce_scatter(parts, output_tensor)
             return
         total, received = parts[group.rank()], torch.empty_like(output_tensor)
