@@ -6,12 +6,13 @@ another. What runs in turns sees the same machine.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,36 @@ def compare(ours: Run, theirs: Run, turns: int, warmup: int = 1) -> Comparison:
     finally:
         gc.enable()
     return Comparison(*times)
+
+
+@contextlib.contextmanager
+def in_own_process(build: Callable[..., Run], *arguments: Any, threads: int) -> Iterator[Run]:
+    """What `build(*arguments)` returns there, to be run from here: neither side then finds memory that the other has
+    just freed, nor has its process set up as the other's."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run_when_told, args=(theirs, threads, build, arguments), daemon=True)
+    process.start()
+    theirs.close()
+
+    def run() -> None:
+        ours.send(True)
+        ours.recv()
+
+    try:
+        yield run
+    finally:
+        ours.close()
+        process.join()
+
+
+def _run_when_told(pipe: Any, threads: int, build: Callable[..., Run], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    run = build(*arguments)
+    with contextlib.suppress(EOFError):
+        while pipe.recv():
+            run()
+            pipe.send(True)
 
 
 def seconds_of(run: Run) -> float:

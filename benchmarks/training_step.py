@@ -1,4 +1,7 @@
-"""A training step (forward, backward, AdamW) of the whole model against transformers' Aria with the same weights."""
+"""A training step (forward, backward, AdamW) of the whole model against transformers' Aria with the same weights.
+
+Each side has a process of its own: ours set up as `aria-train train` sets its own up, theirs as PyTorch leaves it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from aria_train.config import ModelConfig, VisionConfig
 from aria_train.data.work import forward_flops
 from aria_train.model import AriaModel
 from aria_train.model.vision import images_to_batch
-from benchmarks.measure import DTYPES, Run, compare, peak_memory
+from aria_train.parallel.mesh import keep_freed_memory
+from benchmarks.measure import DTYPES, Run, compare, in_own_process, peak_memory
 from benchmarks.peers import aria, transformers_aria
 from benchmarks.table import Row
 
@@ -80,8 +84,12 @@ def rows(turns: int, ceilings: dict[str, float], shapes: list[Shape]) -> list[Ro
 
 
 def row(shape: Shape, turns: int, ceiling: float) -> Row:
-    comparison = compare(build_ours(shape), build_theirs(shape), turns)
     threads = torch.get_num_threads()
+    with (
+        in_own_process(build_ours, shape, threads=threads) as ours_run,
+        in_own_process(build_theirs, shape, threads=threads) as theirs_run,
+    ):
+        comparison = compare(ours_run, theirs_run, turns, warmup=3)
     ours, theirs = (peak_memory(build, shape, threads=threads) for build in (build_ours, build_theirs))
     batch = ours_batch(shape)
     patches = batch.images.starts.diff().tolist() if batch.images is not None else []
@@ -98,6 +106,7 @@ def state_bytes(shape: Shape) -> int:
 
 
 def build_ours(shape: Shape) -> Run:
+    keep_freed_memory()
     model = aria(shape.model(), DTYPES[shape.precision])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     batch = ours_batch(shape)

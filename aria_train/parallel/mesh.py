@@ -85,7 +85,8 @@ def keep_freed_memory() -> None:
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
-        library.mallopt(mmap_threshold, 32 << 20)  # the most it admits
+        if not library.mallopt(mmap_threshold, 1 << 30):
+            library.mallopt(mmap_threshold, 32 << 20)  # the most that older versions admit
         library.mallopt(trim_threshold, (1 << 31) - 1)
 
 
