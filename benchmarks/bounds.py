@@ -9,16 +9,19 @@ at all. Writes a table into docs/performance.md.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import Run, precisions
+from benchmarks.measure import Run, in_own_process, precisions
 from benchmarks.page import fill
 from benchmarks.table import machine
 from benchmarks.training_step import TEXT, Shape, build_ours, build_theirs
@@ -56,11 +59,15 @@ def main() -> None:
 
 def compared(shape: Shape, steps: int) -> list[str]:
     """Milliseconds per step on both sides, whose profiled steps alternate; medians by kind."""
-    ours, theirs = build_ours(shape), build_theirs(shape)
-    for _ in range(2):
-        ours()
-        theirs()
-    turns = [(by_kind(ours), by_kind(theirs)) for _ in range(steps)]
+    threads = torch.get_num_threads()
+    with (
+        in_own_process(profiled, build_ours, shape, threads=threads) as ours,
+        in_own_process(profiled, build_theirs, shape, threads=threads) as theirs,
+    ):
+        for _ in range(3):
+            ours()
+            theirs()
+        turns = [cast("list[dict[str, float]]", [ours(), theirs()]) for _ in range(steps)]
     spent = [
         {kind: statistics.median(turn[side][kind] for turn in turns) for kind in (*KINDS, REST)} for side in (0, 1)
     ]
@@ -71,6 +78,10 @@ def compared(shape: Shape, steps: int) -> list[str]:
         f"| {head} | " + " | ".join(f"{kinds[kind]:.0f} ({kinds[kind] / total:.0%})" for kind in (*KINDS, REST)) + " |"
         for head, kinds, total in zip(heads, spent, (left, right), strict=True)
     ]
+
+
+def profiled(build: Callable[[Shape], Run], shape: Shape) -> Run:
+    return functools.partial(by_kind, build(shape))
 
 
 def by_kind(run: Run) -> dict[str, float]:
@@ -84,7 +95,7 @@ def by_kind(run: Run) -> dict[str, float]:
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), REST)
         found[kind] += event.self_cpu_time_total / 1e3
     found[REST] += whole - sum(found.values())
-    return found
+    return dict(found)
 
 
 if __name__ == "__main__":

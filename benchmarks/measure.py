@@ -73,17 +73,17 @@ def compare(ours: Run, theirs: Run, turns: int, warmup: int = 1) -> Comparison:
 
 @contextlib.contextmanager
 def in_own_process(build: Callable[..., Run], *arguments: Any, threads: int) -> Iterator[Run]:
-    """What `build(*arguments)` returns there, to be run from here: neither side then finds memory that the other has
-    just freed, nor has its process set up as the other's."""
+    """What `build(*arguments)` returns there, to be run from here, with what it returns: neither side then finds memory
+    that the other has just freed, nor has its process set up as the other's."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run_when_told, args=(theirs, threads, build, arguments), daemon=True)
     process.start()
     theirs.close()
 
-    def run() -> None:
+    def run() -> object:
         ours.send(True)
-        ours.recv()
+        return ours.recv()
 
     try:
         yield run
@@ -97,8 +97,7 @@ def _run_when_told(pipe: Any, threads: int, build: Callable[..., Run], arguments
     run = build(*arguments)
     with contextlib.suppress(EOFError):
         while pipe.recv():
-            run()
-            pipe.send(True)
+            pipe.send(run())
 
 
 def seconds_of(run: Run) -> float:

@@ -10,21 +10,22 @@ work of a step. Below 0 the ranks are faster: two threads do not share one proce
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from aria_train.config import load_config
 from benchmarks.data import taking
-from benchmarks.measure import Run, compare
+from benchmarks.measure import compare
 from benchmarks.table import Row
 
 CONFIG = "configs/small/stage1_lang.yaml"
@@ -33,7 +34,6 @@ WIDTHS = (128, 256, 512)
 LAYOUTS = {"ZeRO 2": (1, 8), "EP 2": (2, 8), "ZeRO 2, larger batch": (1, 32)}
 """Expert parallel sizes of two ranks, and windows of a step, 256 tokens each. What ZeRO moves grows with the weights
 alone and what there is to compute with weights and tokens; what experts exchange grows with tokens and width."""
-_COPIES = ("fsdp::all_gather_copy_in", "fsdp::split_with_sizes_copy", "fsdp::chunk_cat")
 
 
 def rows(turns: int) -> list[Row]:
@@ -55,6 +55,8 @@ class _Step:
     wall: float
     busy: float
     """Seconds that the main thread ran."""
+    copies: float
+    """Seconds of them that went into copies."""
 
 
 @dataclass
@@ -80,7 +82,8 @@ class Side:
             self._processes[-1].start()
             theirs.close()
             self._pipes.append(ours)
-        self.copies = max(pipe.recv() for pipe in self._pipes)
+        for pipe in self._pipes:
+            pipe.recv()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,7 +103,8 @@ class Side:
         waits = statistics.median(min(rank.wall - rank.busy for rank in ranks) for ranks in self.steps)
         busy = [[rank.busy for rank in ranks] for ranks in self.steps]
         imbalance = statistics.median(max(ranks) - statistics.fmean(ranks) for ranks in busy)
-        parts = {"collectives": waits, "copies": self.copies, "imbalance": imbalance}
+        copies = statistics.median(max(rank.copies for rank in ranks) for ranks in self.steps)
+        parts = {"collectives": waits, "copies": copies, "imbalance": imbalance}
         return ", ".join(f"{name} {seconds / alone:.0%}" for name, seconds in parts.items())
 
     def _overrides(self) -> list[str]:
@@ -123,21 +127,30 @@ def _work(pipe: Connection, rank: int, ranks: int, port: int, cores: int, overri
     os.environ.update({name: str(value) for name, value in where.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(max(1, cores // ranks))
     step = taking(load_config(CONFIG, overrides))
-    for _ in range(8):  # until no memory comes from the system any more, which copies would be charged with
+    for _ in range(8):  # until no memory comes from the system any more
         step()
-    pipe.send(_copies(step))
+    copies = _Copies()
+    pipe.send(True)
     while pipe.recv():
-        wall, busy = time.perf_counter(), time.thread_time()
+        wall, busy, copied = time.perf_counter(), time.thread_time(), copies.seconds
         step()
-        pipe.send((time.perf_counter() - wall, time.thread_time() - busy))
+        pipe.send((time.perf_counter() - wall, time.thread_time() - busy, copies.seconds - copied))
 
 
-def _copies(step: Run, steps: int = 3) -> float:
-    """Seconds per step that copies of parameters and gradients take."""
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
-        for _ in range(steps):
-            step()
-    return sum(event.cpu_time_total for event in trace.key_averages() if event.key in _COPIES) / (1e6 * steps)
+class _Copies:
+    """Seconds that copies of parameters and gradients take. Timed where FSDP2 calls them: under a profiler, which keeps
+    memory of its own between, they take several times as long."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        for name in ("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat"):
+            setattr(torch.ops.fsdp, name, functools.partial(self._run, getattr(torch.ops.fsdp, name)))
+
+    def _run(self, operator: Callable[..., object], *arguments: object, **options: object) -> object:
+        began = time.perf_counter()
+        result = operator(*arguments, **options)
+        self.seconds += time.perf_counter() - began
+        return result
 
 
 def _free_port() -> int:
