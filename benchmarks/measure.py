@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -159,28 +159,22 @@ def peak_memory(build: Callable[..., Run], *arguments: Any, threads: int) -> int
 def cost_of(build: Callable[..., Run], *arguments: Any, threads: int, enough: float = 3.0) -> Cost:
     """`build(*arguments)` is called, and what it returns twice, or until it has run for `enough` seconds; in a process
     of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_measure_cost, args=(theirs, threads, enough, build, arguments))
-    process.start()
-    theirs.close()
-    try:
-        return Cost(*ours.recv())
-    finally:
-        process.join()
+    with in_own_process(_measured, enough, build, arguments, threads=threads) as measure:
+        return cast(Cost, measure())
 
 
-def _measure_cost(
-    pipe: Any, threads: int, enough: float, build: Callable[..., Run], arguments: tuple[Any, ...]
-) -> None:
-    torch.set_num_threads(threads)
+def _measured(enough: float, build: Callable[..., Run], arguments: tuple[Any, ...]) -> Run:
     baseline = _status("VmRSS")
     run = build(*arguments)
-    run()  # also for the memory: an optimizer's moments come with its first step
-    times = [seconds_of(run)]
-    while sum(times) < enough:
-        times.append(seconds_of(run))
-    pipe.send((statistics.median(times), _status("VmHWM") - baseline))
+
+    def measure() -> Cost:
+        run()  # also for the memory: an optimizer's moments come with its first step
+        times = [seconds_of(run)]
+        while sum(times) < enough:
+            times.append(seconds_of(run))
+        return Cost(statistics.median(times), _status("VmHWM") - baseline)
+
+    return measure
 
 
 def _status(field: str) -> int:
