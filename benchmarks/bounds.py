@@ -3,7 +3,7 @@
     python -m benchmarks.bounds [--steps 5] [--threads 2]
 
 Matrix products and attention are PyTorch's and oneDNN's. "At best" is the ratio if everything else of ours took no time
-at all. Writes a table into docs/performance.md.
+at all. Writes this machine's table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Run, in_own_process, precisions
-from benchmarks.page import fill
-from benchmarks.table import machine
+from benchmarks.page import fill_or_add
+from benchmarks.table import PAGE, in_words, machine, place
 from benchmarks.training_step import TEXT, Shape, build_ours, build_theirs
 
-PAGE = Path("docs/performance.md")
 KINDS = {
     "matrix products": r"^aten::(mm|addmm|bmm|baddbmm|mkldnn_linear|_grouped_mm)$",
     "attention": r"^aten::_scaled_dot_product.*",
@@ -53,8 +51,10 @@ def main() -> None:
     for shape in [shape for shape in TEXT if shape.precision in measured]:
         lines += compared(shape, arguments.steps)
         print("\n".join(lines[-2:]), flush=True)
-    facts = ", ".join(f"{key} {value}" for key, value in machine().items())
-    fill(PAGE, "what bounds a step", "\n\n".join([f"{facts}.", "\n".join(lines)]))
+    facts = machine()
+    heading = f"### {place(facts)}: what bounds a step"
+    text = "\n\n".join([heading, f"`python -m benchmarks.bounds`: {in_words(facts)}.", "\n".join(lines)])
+    fill_or_add(PAGE, f"what bounds a step: {place(facts)}", text)
 
 
 def compared(shape: Shape, steps: int) -> list[str]:

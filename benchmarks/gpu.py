@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from aria_train.parallel.shard import parallelize, set_last_micro_batch
 from aria_train.train.objective import Totals, objective
 from aria_train.train.optimizer import build_optimizer, clip_gradients
 from benchmarks.measure import Run, compare, gemm_ceiling, seconds_of
-from benchmarks.table import Row, machine, show
+from benchmarks.table import Row, in_words, machine, show, write
 
 MOST_LAYERS = 28
 
@@ -84,16 +83,23 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     init_process_group(device)
     ceiling = gemm_ceiling(torch.bfloat16, 512 if tiny else 8192)
-    print(", ".join(f"{k} {v}" for k, v in machine().items()), f"bf16 GEMM {ceiling / 1e12:.1f} TFLOP/s", sep=", ")
+    facts = machine() | {"gemm_bf16_tflops": round(ceiling / 1e12, 1)}
+    print(in_words(facts), flush=True)
 
     both = Size(1 if tiny else 4, 64 if tiny else 8192, tiny=tiny)
     chosen = ways(device)
+    rows: list[Row] = []
     for size in [replace(both, **way) for way in chosen]:
-        show([fitting(size, lambda size: side_by_side(size, device, turns, ceiling))])
+        rows.append(fitting(size, lambda size: side_by_side(size, device, turns, ceiling)))
+        show(rows[-1:])
     most = Size(2 if tiny else MOST_LAYERS, 64 if tiny else 8192, micro_batch=2, tiny=tiny)
     long = replace(most, tokens=256 if tiny else 65536, windows=1, micro_batch=1, recompute="full")
+    by_itself: list[dict[str, Any]] = []
     for size in [*(replace(most, **way) for way in chosen), long]:
-        print(json.dumps(fitting(size, lambda size: alone(size, device, turns, ceiling))), flush=True)
+        by_itself.append(fitting(size, lambda size: alone(size, device, turns, ceiling)))
+        print(in_words(by_itself[-1]), flush=True)
+    if not tiny:
+        write(rows, facts, "make bench-gpu", ours_alone=by_itself)
     dist.destroy_process_group()
 
 
@@ -131,12 +137,12 @@ def alone(size: Size, device: torch.device, turns: int, ceiling: float) -> dict[
     for _ in range(2):
         run()
     seconds, tokens = statistics.median(seconds_of(run) for _ in range(turns)), size.tokens * size.windows
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    peak = round(torch.cuda.max_memory_allocated() / 2**30, 1) if device.type == "cuda" else None
     return {
         "size": str(size),
-        "tokens_per_second": tokens / seconds,
-        "tflops_by_activated_parameters": flops(size) / seconds / 1e12,
-        "share_of_gemm_ceiling": flops(size) / seconds / ceiling,
+        "tokens_per_second": round(tokens / seconds),
+        "tflops_by_activated_parameters": round(flops(size) / seconds / 1e12, 1),
+        "share_of_gemm_ceiling": round(flops(size) / seconds / ceiling, 3),
         "peak_gib": peak,
     }
 

@@ -1,4 +1,5 @@
-"""`make bench`: every row, or those named; shows them, and writes JSON and the documentation's table.
+"""`make bench`: every row, or those named; shows them, and writes JSON and this machine's table of the
+documentation.
 
 python -m benchmarks.run [SUITE ...] [--turns 7] [--threads 2]
 """
@@ -8,17 +9,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from benchmarks import data, moe_layer, pieces, ranks, startup, storage, table, training_step, vision
 from benchmarks.measure import gemm_ceilings
-from benchmarks.page import fill
 from benchmarks.table import Row
-
-RESULTS = Path("benchmarks/results.json")
-PAGE = Path("docs/performance.md")
 
 Suite = Callable[[int, dict[str, float]], list[Row]]
 SUITES: dict[str, Suite] = {
@@ -46,7 +42,7 @@ def main() -> None:
 
     ceilings = gemm_ceilings()
     facts = table.machine() | {f"gemm_{name}_gflops": round(value / 1e9) for name, value in ceilings.items()}
-    print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+    print(table.in_words(facts), flush=True)
     rows: list[Row] = []
     for name in arguments.suites or SUITES:
         began = time.perf_counter()
@@ -55,14 +51,7 @@ def main() -> None:
         print(f"  {time.perf_counter() - began:.0f} s", flush=True)
     table.show(rows)
     if not arguments.suites:
-        table.write_json(RESULTS, rows, facts)
-        write_page(rows, facts)
-
-
-def write_page(rows: list[Row], facts: dict[str, object]) -> None:
-    """Puts the table into its place in the documentation."""
-    on = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())
-    fill(PAGE, "table of make bench", f"{on}\n\n{table.markdown(rows)}")
+        table.write(rows, facts, "make bench")
 
 
 if __name__ == "__main__":

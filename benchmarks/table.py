@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Comparison
+from benchmarks.page import fill_or_add
 
+RESULTS = Path("benchmarks/results")
+PAGE = Path("docs/performance.md")
 COLUMNS = ("what", "against", "ratio", "quartiles", "ours", "theirs", "of the GEMM ceiling", "memory", "shape")
 
 
@@ -73,6 +77,21 @@ def machine() -> dict[str, Any]:
     return facts
 
 
+def place(facts: dict[str, Any]) -> str:
+    """What the machine is called where its results stand."""
+    device = re.sub(r"\((R|TM)\)| Processor", "", str(facts.get("gpu", facts["cpu"])))
+    return device if "gpu" in facts else f"{device}, {facts['cores']} cores"
+
+
+def results_of(facts: dict[str, Any]) -> Path:
+    """The file of the machine's results."""
+    return RESULTS / (re.sub(r"\W+", "-", place(facts).lower()) + ".json")
+
+
+def in_words(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())
+
+
 def show(rows: list[Row]) -> None:
     table = Table(*COLUMNS, box=None, header_style="bold")
     for row in rows:
@@ -80,9 +99,16 @@ def show(rows: list[Row]) -> None:
     Console(width=200, highlight=False).print(table)
 
 
-def write_json(path: Path, rows: list[Row], facts: dict[str, Any]) -> None:
+def write(rows: list[Row], facts: dict[str, Any], command: str, **more: Any) -> None:
+    """As JSON, and as this machine's table of what the command measured, into the documentation."""
+    path = results_of(facts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": facts, "rows": [row.as_json() for row in rows]}, indent=2) + "\n")
+    results = {"machine": facts, "rows": [row.as_json() for row in rows], **more}
+    path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    text = f"### {place(facts)}\n\n`{command}`: {in_words(facts)}.\n\n{markdown(rows)}"
+    for name, figures in more.items():
+        text += f"\n\n{name}:\n\n" + "\n".join(f"- {in_words(part)}" for part in figures)
+    fill_or_add(PAGE, f"{command}: {place(facts)}", text)
 
 
 def markdown(rows: list[Row]) -> str:

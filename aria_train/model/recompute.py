@@ -32,6 +32,7 @@ _DEAR = frozenset(
         "aten::_scaled_dot_product_cudnn_attention",
         "torch_attn::_varlen_attn",
         "_c10d_functional::all_to_all_single",
+        "aria_train::all_to_all",
     }
 )
 

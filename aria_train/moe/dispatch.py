@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from aria_train import kernels
 from aria_train.kernels import compiled, routing
+from aria_train.parallel.exchange import Exchange
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Dispatched:
     """int64 [R]: which (token, choice) pair each of the rows sent is."""
     home: Tensor
     """int64 [R], its inverse: where each (token, choice) pair stands among the rows sent."""
-    exchange: Exchange | None = None
+    journey: Journey | None = None
     """None without expert parallelism."""
     arrival: Tensor | None = None
     """int64 [S]: arrival position of each sorted row; None where rows arrive sorted."""
@@ -66,48 +66,47 @@ class LocalDispatcher:
 
 
 class AllToAllDispatcher:
-    """Experts are spread over the ranks of a group, consecutive experts together."""
+    """Experts are spread over the ranks of an exchange, consecutive experts together."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.num_ranks = dist.get_world_size(group)
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, counts_E: Tensor) -> Dispatched:
         # [ranks, local experts]: what we send to each rank, and what each rank sends us. The one wait for the host.
-        sending_PE = counts_E.long().view(self.num_ranks, -1)
-        receiving_PE = torch.empty_like(sending_PE)
-        counting = dist.all_to_all_single(receiving_PE, sending_PE, group=self.group, async_op=True)
+        ranks = self.exchange.num_ranks
+        sending_PE = counts_E.long().view(ranks, -1)
+        counting = self.exchange.start(sending_PE, [1] * ranks, [1] * ranks)
         order_R, home_R = sort_by_expert(experts_TK, counts_E.shape[0])
         rows_RH = _Replicate.apply(x_TH, order_R, home_R, experts_TK.shape[1])
-        counting.wait()
+        receiving_PE = self.exchange.wait(counting)
         sent, received = torch.stack([sending_PE.sum(1), receiving_PE.sum(1)]).tolist()
 
-        exchange = Exchange(self.group, sent, received)
-        moving_RH = exchange.leave(rows_RH)
+        journey = Journey(self.exchange, sent, received)
+        moving_RH = journey.leave(rows_RH)
         arrival_S = sort_arrivals(receiving_PE, sum(received))
         offsets = receiving_PE.sum(0).cumsum(0).to(torch.int32)
-        return Dispatched(moving_RH, offsets, order_R, home_R, exchange, arrival_S, _inverse(arrival_S))
+        return Dispatched(moving_RH, offsets, order_R, home_R, journey, arrival_S, _inverse(arrival_S))
 
     def receive(self, dispatched: Dispatched) -> Tensor:
         """[S, H], sorted by local expert."""
-        assert dispatched.exchange is not None
-        rows_SH = dispatched.exchange.arrive(dispatched.rows)
+        assert dispatched.journey is not None
+        rows_SH = dispatched.journey.arrive(dispatched.rows)
         return cast(Tensor, _Permute.apply(rows_SH, dispatched.arrival, dispatched.arrival_inverse))
 
     def combine(self, rows_SH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
-        assert dispatched.exchange is not None
+        assert dispatched.journey is not None
         rows_SH = _Permute.apply(rows_SH, dispatched.arrival_inverse, dispatched.arrival)
-        back = Exchange(self.group, dispatched.exchange.received, dispatched.exchange.sent)
+        back = Journey(self.exchange, dispatched.journey.received, dispatched.journey.sent)
         rows_RH = back.arrive(back.leave(rows_SH))
         return weighted_sum(rows_RH, dispatched, weights_TK)
 
 
 @dataclass
-class Exchange:
-    """One all-to-all of rows, and of their gradients the other way round, each in two steps: what stands in the code
-    between `leave` and `arrive` runs while rows move, and its backward pass while gradients do."""
+class Journey:
+    """One exchange of rows, and of their gradients the other way round: what stands in the code between `leave` and
+    `arrive` runs while rows move, and its backward pass while gradients do."""
 
-    group: dist.ProcessGroup
+    exchange: Exchange
     sent: list[int]
     """Rows that go to each rank."""
     received: list[int]
@@ -122,37 +121,30 @@ class Exchange:
         """Waits for the rows that came instead: [S, H], ordered by the rank that sent them."""
         return cast(Tensor, _Arrive.apply(standing_RH, self))
 
-    def start(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """The operator that selective recomputation knows. What it returns is there after `wait`."""
-        name = self.group.group_name
-        return cast(Tensor, torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), received, sent, name))
-
-    @staticmethod
-    def wait(rows: Tensor) -> Tensor:
-        return cast(Tensor, torch.ops._c10d_functional.wait_tensor(rows))
-
 
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RH: Tensor, exchange: Exchange) -> Tensor:
-        exchange.moving = exchange.start(rows_RH, exchange.sent, exchange.received)
+    def forward(ctx: Any, rows_RH: Tensor, journey: Journey) -> Tensor:
+        journey.moving = journey.exchange.start(rows_RH, journey.sent, journey.received)
+        ctx.exchange = journey.exchange
         return rows_RH.new_empty(()).expand(rows_RH.shape)  # of the gradient's shape, and no memory
 
     @staticmethod
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
-        return Exchange.wait(grad_RH), None
+        return ctx.exchange.wait(grad_RH), None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, standing_RH: Tensor, exchange: Exchange) -> Tensor:
-        assert exchange.moving is not None
-        rows_SH, exchange.moving, ctx.exchange = Exchange.wait(exchange.moving), None, exchange
+    def forward(ctx: Any, standing_RH: Tensor, journey: Journey) -> Tensor:
+        assert journey.moving is not None
+        rows_SH, journey.moving, ctx.journey = journey.exchange.wait(journey.moving), None, journey
         return rows_SH
 
     @staticmethod
     def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.start(grad_SH, ctx.exchange.received, ctx.exchange.sent), None
+        journey = ctx.journey
+        return journey.exchange.start(grad_SH, journey.received, journey.sent), None
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 Gloo has no reduce-scatter: torch makes one of an all-reduce, which moves twice as much and copies its input first. Its
 all-gather takes two copies more. For messages of some MiB between two ranks, exchanges take a third to a half of the
-time, and shared memory half to two thirds of that again.
+time, and shared memory about a third of that again. An all-to-all is in `exchange.py`.
 """
 
 from __future__ import annotations

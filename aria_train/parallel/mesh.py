@@ -24,6 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from aria_train.config import ParallelConfig
 
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for another."""
+
 
 @dataclass
 class Meshes:
@@ -62,11 +65,10 @@ def init_process_group(device: torch.device) -> None:
     else:
         share_cores()
         keep_freed_memory()
-    patience = timedelta(minutes=30)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
+        dist.init_process_group(backend, timeout=PATIENCE)
     else:
-        dist.init_process_group(backend, timeout=patience, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=PATIENCE, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def share_cores() -> None:

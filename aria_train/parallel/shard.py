@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from aria_train.model import AriaModel
 from aria_train.model.decoder import DecoderLayer
 from aria_train.moe.dispatch import AllToAllDispatcher
+from aria_train.parallel.exchange import Exchange
 from aria_train.parallel.gloo import exchange_directly
 from aria_train.parallel.mesh import Meshes
 
@@ -55,8 +56,9 @@ def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
             fully_shard(module, mesh=mesh, reshard_after_forward=False, **options)
             in_units.update(module.parameters())
 
-    for layer in cast("list[DecoderLayer]", list(model.layers)):
-        spread_experts(layer, meshes.expert)
+    layers = cast("list[DecoderLayer]", list(model.layers))
+    spread_experts(layers, meshes.expert)
+    for layer in layers:
         experts = layer.moe.experts
         experts_of_layers.update(experts.parameters())
         if meshes.expert.size() == 1:  # the same ranks hold experts and all else, so small ones can share messages
@@ -82,16 +84,18 @@ def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
     return model
 
 
-def spread_experts(layer: DecoderLayer, mesh: DeviceMesh) -> None:
-    """Gives this rank its consecutive share of the layer's experts, and the layer the dispatcher that reaches all."""
+def spread_experts(layers: list[DecoderLayer], mesh: DeviceMesh) -> None:
+    """Gives this rank its consecutive share of each layer's experts, and the layers the dispatcher that reaches all."""
     if mesh.size() == 1:
         return
-    experts = layer.moe.experts
-    for name, parameter in list(experts.named_parameters()):
-        local = parameter.new_empty(parameter.shape[0] // mesh.size(), *parameter.shape[1:])
-        spread = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
-        setattr(experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
-    layer.moe.dispatcher = AllToAllDispatcher(mesh.get_group())
+    dispatcher = AllToAllDispatcher(Exchange(mesh.get_group()))
+    for layer in layers:
+        experts = layer.moe.experts
+        for name, parameter in list(experts.named_parameters()):
+            local = parameter.new_empty(parameter.shape[0] // mesh.size(), *parameter.shape[1:])
+            spread = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+            setattr(experts, name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+        layer.moe.dispatcher = dispatcher
 
 
 def expert_shard(parameter: nn.Parameter, num_ranks: int) -> Shard:

@@ -78,7 +78,7 @@ def _tokens(config: RunConfig, layout: Layout) -> list[Collective]:
     passes = micro_batches * model.num_layers
     tokens = train.micro_batch_size * train.context_length
     rows = tokens * model.top_k * model.hidden_size * bytes_per_weight(config)
-    again = {"none": (0, 0), "selective": (1, 0), "full": (1, 2)}[train.recompute]
+    again = {"none": (0, 0), "selective": (0, 0), "full": (1, 2)}[train.recompute]
     return [
         Collective("tokens", "all-to-all", layout.expert, passes * (4 + again[1]), passes * rows * (4 + again[1])),
         Collective(

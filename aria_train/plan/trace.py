@@ -119,8 +119,7 @@ def _build(config: ModelConfig, precision: str, mesh: DeviceMesh | None) -> Aria
             model = AriaModel(config)
         model.to_empty(device="cpu")
         if mesh is not None:
-            for layer in cast("list[DecoderLayer]", list(model.layers)):
-                spread_experts(layer, mesh)
+            spread_experts(cast("list[DecoderLayer]", list(model.layers)), mesh)
     finally:
         torch.set_default_dtype(before)
     return model

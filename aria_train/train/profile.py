@@ -46,7 +46,9 @@ _PARTS: dict[type[nn.Module], str] = {
 _OPERATORS = {LinearCrossEntropy.__name__: "head"}
 """Parts that are no module, by the operator that does their work."""
 _RANGE = "part: "
-_COLLECTIVES = re.compile(r"^(c10d::|_c10d_functional|gloo:|nccl:|record_param_comms|FSDP::)|RegisterPostBackward")
+_COLLECTIVES = re.compile(
+    r"^(c10d::|_c10d_functional|aria_train::all_to_all|gloo:|nccl:|record_param_comms|FSDP::)|RegisterPostBackward"
+)
 """What communicates, and the copies that FSDP makes around it."""
 _BACKWARD = "autograd::engine::evaluate_function"
 Parts = dict[tuple[int, int | None] | str, str | None]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aria_train.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, sort_arrivals, sort_by_expert
 from aria_train.moe.experts import GroupedExperts
+from aria_train.parallel.exchange import Exchange
 from tests.distributed import run_distributed
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 8, 4, 8, 2
@@ -98,12 +99,14 @@ def spread(names: list[str]) -> list[dict[str, Tensor]]:
     """Every scenario with the experts spread over all ranks: this rank's outputs and gradients."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     share = EXPERTS // ranks
+    assert dist.group.WORLD is not None
+    dispatcher = AllToAllDispatcher(Exchange(dist.group.WORLD))
     results = []
     for name in names:
         data = case(name, ranks)
         own = slice(rank * share, (rank + 1) * share)
         gate_up, down = (x.detach()[own].clone().requires_grad_() for x in (data.gate_up, data.down))
-        out = grouped(AllToAllDispatcher(dist.group.WORLD), data, rank, gate_up, down)
+        out = grouped(dispatcher, data, rank, gate_up, down)
         (out * data.directions[rank]).sum().backward()
         results.append(
             {

@@ -255,8 +255,8 @@ KINDS = {
     "_allgather_base_": ("all-gather", ""),
     "_reduce_scatter_base_": ("reduce-scatter", ""),
     "allreduce_": ("all-reduce", ""),
-    "all_to_all_single": ("all-to-all", "tokens"),
-    "alltoall_base_": ("all-to-all", "token counts"),
+    "tokens": ("all-to-all", "tokens"),
+    "token counts": ("all-to-all", "token counts"),
 }
 
 

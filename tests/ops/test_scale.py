@@ -115,8 +115,8 @@ def test_a_step_at_1024_ranks_is_as_planned(expert: int, group: int | None, reco
         "_allgather_base_": ("all-gather", ""),
         "_reduce_scatter_base_": ("reduce-scatter", ""),
         "allreduce_": ("all-reduce", ""),
-        "all_to_all_single": ("all-to-all", "tokens"),
-        "alltoall_base_": ("all-to-all", "token counts"),
+        "tokens": ("all-to-all", "tokens"),
+        "token counts": ("all-to-all", "token counts"),
     }
     for name, (kind, what) in names.items():
         expected = [c for c in collectives if c.kind == kind and what in ("", c.what)]

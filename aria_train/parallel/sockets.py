@@ -1,0 +1,94 @@
+"""Sockets between ranks of one machine: how they wake each other, and notice that one has ended.
+
+A byte over gloo wakes a thread on either side, three times, beside the threads that compute. Here the rank that waits
+is woken itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from aria_train.parallel.collectives import broadcast_object, gather_objects
+from aria_train.parallel.mesh import PATIENCE
+
+_NAMES = "\0aria_train"
+"""Where names begin. The zero says that there is no file of that name: the kernel forgets it with the process."""
+
+
+class Sockets:
+    """One between each two ranks of a group."""
+
+    def __init__(self, rank: int, sockets: dict[int, socket.socket]) -> None:
+        self.rank, self._sockets = rank, sockets
+        for other in sockets.values():
+            other.settimeout(PATIENCE.total_seconds())
+
+    @staticmethod
+    def between(group: dist.ProcessGroup) -> Sockets | None:
+        """Collective. None for ranks that cannot reach each other, as those of several machines."""
+        rank, ranks = group.rank(), group.size()
+        token = broadcast_object(lambda: secrets.token_hex(16), group)
+        sockets: dict[int, socket.socket] = {}
+        with contextlib.closing(_listen(f"{_NAMES}-{token}-{rank}", ranks)) as listening:
+            gather_objects(None, group)  # all of them listen from here on
+            for other in range(rank):
+                with contextlib.suppress(OSError):
+                    sockets[other] = _connect(f"{_NAMES}-{token}-{other}", rank)
+            if not all(gather_objects(len(sockets) == rank, group)):
+                return None
+            for _ in range(rank + 1, ranks):
+                accepted, _ = listening.accept()
+                sockets[int.from_bytes(accepted.recv(4))] = accepted
+        return Sockets(rank, sockets)
+
+    def announce(self) -> None:
+        """Tells all others that this rank has come so far."""
+        for other in self._sockets:
+            with self._speaking_to(other):
+                self._sockets[other].sendall(b".")
+
+    def wait(self) -> None:
+        """Until all others have announced as much once more."""
+        for other in self._sockets:
+            with self._speaking_to(other):
+                if not self._sockets[other].recv(1):
+                    raise ConnectionResetError
+
+    def hand_out(self, file: int | None) -> int | None:
+        """The first rank's open file, if it has one, on all ranks: a descriptor of their own on each."""
+        if self.rank == 0:
+            for other in self._sockets.values():
+                socket.send_fds(other, [b"."], [] if file is None else [file])
+            return file
+        _, files, _, _ = socket.recv_fds(self._sockets[0], 1, 1)
+        return files[0] if files else None
+
+    @contextlib.contextmanager
+    def _speaking_to(self, other: int) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError as error:
+            raise TimeoutError(f"Rank {other} of {len(self._sockets) + 1} has not come for {PATIENCE}.") from error
+        except OSError as error:
+            ranks = len(self._sockets) + 1
+            raise ConnectionError(f"The connection to rank {other} of {ranks} is closed: it has ended.") from error
+
+
+def _listen(name: str, ranks: int) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(name)
+    listening.listen(ranks)
+    return listening
+
+
+def _connect(name: str, rank: int) -> socket.socket:
+    """Also tells the rank of that name who comes."""
+    connected = socket.socket(socket.AF_UNIX)
+    connected.connect(name)
+    connected.sendall(rank.to_bytes(4))
+    return connected
