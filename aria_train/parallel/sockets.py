@@ -7,8 +7,10 @@ is woken itself.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import socket
+import struct
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -41,9 +43,10 @@ class Sockets:
                     sockets[other] = _connect(f"{_NAMES}-{token}-{other}", rank)
             if not all(gather_objects(len(sockets) == rank, group)):
                 return None
-            for _ in range(rank + 1, ranks):
+            while len(sockets) < ranks - 1:
                 accepted, _ = listening.accept()
-                sockets[int.from_bytes(accepted.recv(4))] = accepted
+                if _user_of(accepted) == os.getuid():  # others of the machine can see the names
+                    sockets[int.from_bytes(accepted.recv(4))] = accepted
         return Sockets(rank, sockets)
 
     def announce(self) -> None:
@@ -84,6 +87,12 @@ def _listen(name: str, ranks: int) -> socket.socket:
     listening.bind(name)
     listening.listen(ranks)
     return listening
+
+
+def _user_of(connected: socket.socket) -> int:
+    """Who runs the process at the other end, as the kernel knows."""
+    _, user, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(user)
 
 
 def _connect(name: str, rank: int) -> socket.socket:

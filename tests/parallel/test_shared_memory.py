@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -134,6 +135,32 @@ def shares_scarce_memory() -> bool:
 
 def test_a_full_memory_is_noticed_before_it_is_used() -> None:
     assert run_distributed(shares_scarce_memory, 2) == [False, False]
+
+
+def visited_by_a_stranger() -> bool:
+    """A process of another user connects before the ranks do, as a rank would."""
+    listen, user_of = sockets._listen, sockets._user_of
+    strangers = []
+
+    def listen_and_be_visited(name: str, ranks: int) -> socket.socket:
+        listening = listen(name, ranks + 1)
+        strangers.append(sockets._connect(name, 1))
+        return listening
+
+    def first_is_another(connected: socket.socket) -> int:
+        seen.append(connected)
+        return user_of(connected) + (len(seen) == 1)
+
+    seen: list[socket.socket] = []
+    sockets._listen, sockets._user_of = listen_and_be_visited, first_is_another
+    memory, rank = shared(4096), dist.get_rank()
+    parts = torch.full((2, 10), float(rank))
+    memory.all_gather(parts)
+    return torch.equal(parts[:, 0], torch.arange(2.0))
+
+
+def test_another_user_of_the_machine_is_no_rank() -> None:
+    assert run_distributed(visited_by_a_stranger, 2) == [True, True]
 
 
 def die_in_the_middle() -> None:
