@@ -34,15 +34,17 @@ class Sockets:
     def between(group: dist.ProcessGroup) -> Sockets | None:
         """Collective. None for ranks that cannot reach each other, as those of several machines."""
         rank, ranks = group.rank(), group.size()
-        token = broadcast_object(lambda: secrets.token_hex(16), group)
+        names = f"{_NAMES}-{broadcast_object(lambda: secrets.token_hex(16), group)}"
         sockets: dict[int, socket.socket] = {}
-        with contextlib.closing(_listen(f"{_NAMES}-{token}-{rank}", ranks)) as listening:
-            gather_objects(None, group)  # all of them listen from here on
+        with _listen(f"{names}-{rank}", ranks) or contextlib.nullcontext() as listening:
+            if not all(gather_objects(listening is not None, group)):
+                return None
             for other in range(rank):
                 with contextlib.suppress(OSError):
-                    sockets[other] = _connect(f"{_NAMES}-{token}-{other}", rank)
+                    sockets[other] = _connect(f"{names}-{other}", rank)
             if not all(gather_objects(len(sockets) == rank, group)):
                 return None
+            assert listening is not None
             while len(sockets) < ranks - 1:
                 accepted, _ = listening.accept()
                 if _user_of(accepted) == os.getuid():  # others of the machine can see the names
@@ -82,9 +84,14 @@ class Sockets:
             raise ConnectionError(f"The connection to rank {other} of {ranks} is closed: it has ended.") from error
 
 
-def _listen(name: str, ranks: int) -> socket.socket:
+def _listen(name: str, ranks: int) -> socket.socket | None:
+    """None where the system has no such names."""
     listening = socket.socket(socket.AF_UNIX)
-    listening.bind(name)
+    try:
+        listening.bind(name)
+    except OSError:
+        listening.close()
+        return None
     listening.listen(ranks)
     return listening
 

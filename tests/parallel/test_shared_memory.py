@@ -125,6 +125,17 @@ def test_ranks_of_several_machines_exchange_messages() -> None:
     assert run_distributed(shares_memory, 3, [0, 0, 0]) == [True] * 3
 
 
+def shares_without_names() -> bool:
+    if dist.get_rank() == 1:
+        sockets._NAMES = "/no such folder/"
+    found = SharedMemory.of(dist.group.WORLD)  # type: ignore[arg-type]
+    return found is not None
+
+
+def test_a_rank_that_cannot_listen_has_all_exchange_messages() -> None:
+    assert run_distributed(shares_without_names, 3) == [False] * 3
+
+
 def shares_scarce_memory() -> bool:
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -144,6 +155,7 @@ def visited_by_a_stranger() -> bool:
 
     def listen_and_be_visited(name: str, ranks: int) -> socket.socket:
         listening = listen(name, ranks + 1)
+        assert listening is not None
         strangers.append(sockets._connect(name, 1))
         return listening
 
