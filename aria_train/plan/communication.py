@@ -78,16 +78,11 @@ def _tokens(config: RunConfig, layout: Layout) -> list[Collective]:
     passes = micro_batches * model.num_layers
     tokens = train.micro_batch_size * train.context_length
     rows = tokens * model.top_k * model.hidden_size * bytes_per_weight(config)
-    again = {"none": (0, 0), "selective": (0, 0), "full": (1, 2)}[train.recompute]
+    again = train.recompute == "full"  # in the backward pass the forward pass's: to the experts and back, and how many
+    moves, counts = passes * (4 + 2 * again), passes * (1 + again)
     return [
-        Collective("tokens", "all-to-all", layout.expert, passes * (4 + again[1]), passes * rows * (4 + again[1])),
-        Collective(
-            "token counts",
-            "all-to-all",
-            layout.expert,
-            passes * (1 + again[0]),
-            passes * model.num_experts * _COUNT_BYTES * (1 + again[0]),
-        ),
+        Collective("tokens", "all-to-all", layout.expert, moves, moves * rows),
+        Collective("token counts", "all-to-all", layout.expert, counts, counts * model.num_experts * _COUNT_BYTES),
     ]
 
 
