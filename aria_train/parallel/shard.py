@@ -45,6 +45,7 @@ def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
     experts_of_layers: set[nn.Parameter] = set()
     own_experts: set[nn.Parameter] = set()
     in_units: set[nn.Parameter] = set()
+    sharded: dict[FSDPModule, DeviceMesh] = {}
 
     def place(parameter: nn.Parameter) -> Shard | None:
         return expert_shard(parameter, meshes.expert_data.size(-1)) if parameter in experts_of_layers else None
@@ -55,6 +56,7 @@ def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
             options: dict[str, Any] = {"mp_policy": policy, "shard_placement_fn": place, "ignored_params": own_experts}
             fully_shard(module, mesh=mesh, reshard_after_forward=False, **options)
             in_units.update(module.parameters())
+            sharded[cast(FSDPModule, module)] = mesh
 
     layers = cast("list[DecoderLayer]", list(model.layers))
     spread_experts(layers, meshes.expert)
@@ -77,10 +79,10 @@ def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
     if isinstance(model, FSDPModule):
         for method in ("logits", "target_logits"):
             register_fsdp_forward_method(model, method)
-    for module in fsdp_modules(model):
+    for module in sharded:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    exchange_directly(fsdp_modules(model))
+    exchange_directly(sharded)
     return model
 
 

@@ -22,7 +22,7 @@ from tests.distributed import RankFailure, launch, run_distributed
 pytestmark = pytest.mark.distributed
 
 ROOM = 512
-"""Bytes of a room here: some parts fit, others do not."""
+"""Bytes of a rank in a room here: some parts fit, others do not."""
 PARTS = [
     # rows that each rank sends to each, by what the two have in common
     lambda sender, receiver: 1,
@@ -37,10 +37,20 @@ PARTS = [
 def shared(room: int) -> SharedMemory:
     group = dist.group.WORLD
     assert group is not None
-    shared_memory._BYTES = 2 * group.size() * room
+    shared_memory._ROOM = group.size() * room
     memory = SharedMemory.of(group)
     assert memory is not None
     return memory
+
+
+def gather(memory: SharedMemory, parts: Tensor) -> None:
+    """The other ranks' rows of parts [R, N] float32, into larger rooms where they must be."""
+    room = memory.room(4 * parts.numel())
+    assert room is not None
+    shown, rank = room.view(torch.float32).view_as(parts), dist.get_rank()
+    shown[rank] = parts[rank]
+    memory.meet()
+    parts.copy_(shown)
 
 
 def rows(sender: int, receiver: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -58,7 +68,7 @@ def exchange(dtype: torch.dtype) -> list[bool]:
         memory.start_exchange(sent, received)
         if count(0, 1) % 2:  # ends what was started
             gathered = torch.full((ranks, 1000), float(rank))
-            memory.all_gather(gathered)
+            gather(memory, gathered)
             assert torch.equal(gathered[:, 0], torch.arange(float(ranks)))
         memory.finish()
         memory.finish()
@@ -88,7 +98,7 @@ def hurried(turns: int) -> bool:
     right = True
     for turn in range(turns):
         parts[rank] = turn * ranks + rank
-        memory.all_gather(parts)
+        gather(memory, parts)
         given.fill_(turn * ranks + rank)
         memory.start_exchange(list(given), list(taken))
         right &= torch.equal(parts, (expected.expand(-1, 1000) + turn * ranks).float())
@@ -167,7 +177,7 @@ def visited_by_a_stranger() -> bool:
     sockets._listen, sockets._user_of = listen_and_be_visited, first_is_another
     memory, rank = shared(4096), dist.get_rank()
     parts = torch.full((2, 10), float(rank))
-    memory.all_gather(parts)
+    gather(memory, parts)
     return torch.equal(parts[:, 0], torch.arange(2.0))
 
 
@@ -177,10 +187,10 @@ def test_another_user_of_the_machine_is_no_rank() -> None:
 
 def die_in_the_middle() -> None:
     memory, rank = shared(4096), dist.get_rank()
-    memory.all_gather(torch.zeros(2, 10))
+    gather(memory, torch.zeros(2, 10))
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    memory.all_gather(torch.zeros(2, 10))
+    gather(memory, torch.zeros(2, 10))
 
 
 def test_a_rank_that_dies_is_an_error_on_the_others() -> None:
@@ -196,7 +206,7 @@ def stay_away() -> None:
     memory, rank = shared(4096), dist.get_rank()
     if rank == 1:
         time.sleep(2)
-    memory.all_gather(torch.zeros(2, 10))
+    gather(memory, torch.zeros(2, 10))
 
 
 def test_a_rank_that_does_not_come_is_an_error_that_names_it() -> None:
