@@ -18,6 +18,7 @@ from aria_train.data.work import forward_flops
 from aria_train.model import AriaModel
 from aria_train.model.vision import images_to_batch
 from aria_train.parallel.mesh import keep_freed_memory
+from aria_train.train.optimizer import create_moments
 from benchmarks.measure import DTYPES, Run, compare, in_own_process, peak_memory
 from benchmarks.peers import aria, transformers_aria
 from benchmarks.table import Row
@@ -109,6 +110,7 @@ def build_ours(shape: Shape) -> Run:
     keep_freed_memory()
     model = aria(shape.model(), DTYPES[shape.precision])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    create_moments(optimizer)
     batch = ours_batch(shape)
     config = shape.model()
 

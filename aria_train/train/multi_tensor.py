@@ -32,7 +32,7 @@ _KERNELS = {
 
 
 class MultiTensorAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW in all but who computes the update."""
+    """torch.optim.AdamW in all but who computes the update. Moments must be there before the first."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], update: Update, **options: Any) -> None:
         super().__init__(groups, **options)
@@ -43,18 +43,10 @@ class MultiTensorAdamW(torch.optim.AdamW):
         assert closure is None
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameter in moved:
-                self._begin(parameter)
             # One wait for the device: parameters whose moments came from another run have counted more steps.
             steps = torch.stack([self.state[p]["step"].add_(1) for p in moved]).tolist() if moved else []
             for step in set(steps):
                 self._move(group, [p for p, at in zip(moved, steps, strict=True) if at == step], int(step))
-
-    def _begin(self, parameter: Tensor) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
     def _move(self, group: dict[str, Any], parameters: list[Tensor], step: int) -> None:
         states = [self.state[p] for p in parameters]

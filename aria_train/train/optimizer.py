@@ -29,9 +29,24 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     ]
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.kernel == "torch":
-        return torch.optim.AdamW(settings, fused=True, **options)
-    device = next(model.parameters()).device
-    return MultiTensorAdamW(settings, find_update(config.kernel, device), **options)
+        optimizer = torch.optim.AdamW(settings, fused=True, **options)
+    else:
+        device = next(model.parameters()).device
+        optimizer = MultiTensorAdamW(settings, find_update(config.kernel, device), **options)
+    create_moments(optimizer)
+    return optimizer
+
+
+def create_moments(optimizer: torch.optim.AdamW) -> None:
+    """Before the first step, which would put them between what the step itself needs: memory in pieces. So what does
+    not fit fails at the start, too."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def learning_rate(config: RunConfig, tokens: int) -> float:

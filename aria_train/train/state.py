@@ -42,7 +42,7 @@ class TrainState:
         return self.step - self.guard.skipped
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every saved tensor by its global name; shards as DTensors. Creates optimizer state that is not there yet."""
+        """Every saved tensor by its global name; shards as DTensors."""
         tensors: dict[str, Tensor] = {"train.expert_counts": self.expert_counts}
         if self.base is not None:
             tensors[BASE] = self.base
@@ -53,9 +53,6 @@ class TrainState:
             if parameter.requires_grad:
                 assert parameter in moved, f"{name} is still gathered: after a forward pass alone, release parameters"
                 state = self.optimizer.state[parameter]
-                if not state:
-                    step = torch.full((), float(self.updates), dtype=torch.float32, device=parameter.device)
-                    state.update(step=step, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
                 tensors[f"optimizer.{name}.exp_avg"] = state["exp_avg"]
                 tensors[f"optimizer.{name}.exp_avg_sq"] = state["exp_avg_sq"]
                 if name in self.taken_over:

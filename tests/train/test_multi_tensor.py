@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aria_train.errors import ConfigError
 from aria_train.train.multi_tensor import MultiTensorAdamW, find_update
+from aria_train.train.optimizer import create_moments
 from tests.distributed import run_distributed
 
 CUDA = torch.device("cuda")
@@ -42,6 +43,7 @@ def both(decays: tuple[float, float] = (0.1, 0.0)) -> tuple[list[Tensor], list[T
         return [{"params": part, "weight_decay": decay} for part, decay in split]
 
     mine = MultiTensorAdamW(groups(ours), adam, **options)  # type: ignore[arg-type]
+    create_moments(mine)
     return ours, theirs, mine, torch.optim.AdamW(groups(theirs), fused=True, **options)  # type: ignore[arg-type]
 
 
@@ -86,7 +88,9 @@ def _sharded() -> None:
     plain = whole.clone().requires_grad_()
     plain.grad = torch.randn(5, 3)
     parameter.grad = distribute_tensor(plain.grad, parameter.device_mesh, [Shard(0)])
-    MultiTensorAdamW([{"params": [parameter]}], adam, lr=0.1).step()
+    optimizer = MultiTensorAdamW([{"params": [parameter]}], adam, lr=0.1)
+    create_moments(optimizer)
+    optimizer.step()
     torch.optim.AdamW([plain], lr=0.1).step()
     torch.testing.assert_close(parameter.full_tensor(), plain)
 
