@@ -71,6 +71,7 @@ class DirectAllGather(_Communication):
     ) -> None:
         assert not async_op
         if self._shared is not None:
+            assert output_tensor.data_ptr() == self._shared.data_ptr()
             self._meet()
             return
         parts = output_tensor.view(group.size(), -1)
@@ -109,19 +110,22 @@ class DirectReduceScatter(_Communication):
     ) -> None:
         assert op == dist.ReduceOp.SUM
         assert not async_op
-        parts = self._shown() if self._shared is not None else _received(group, input_tensor, output_tensor)
+        if self._shared is None:
+            parts = _received(group, input_tensor, output_tensor)
+        else:
+            assert input_tensor.data_ptr() == self._shared[group.rank()].data_ptr()
+            parts = self._shown(self._shared)
         total = next(parts)
         for part in parts:
             total = torch.add(total, part, out=output_tensor)
         if total is not output_tensor:
             output_tensor.copy_(total)
 
-    def _shown(self) -> Iterator[Tensor]:
-        """What each rank gives to this one, its own first."""
-        assert self._shared is not None
+    def _shown(self, inputs: Tensor) -> Iterator[Tensor]:
+        """Of the inputs of all ranks [R, R * n], what each gives to this one: its own first."""
         self._meet()
         ranks, rank = self._group.size(), self._group.rank()
-        parts = self._shared.view(ranks, ranks, -1)[:, rank]
+        parts = inputs.view(ranks, ranks, -1)[:, rank]
         for distance in range(ranks):
             yield parts[rank - distance]
 
