@@ -67,10 +67,14 @@ class Sockets:
     def hand_out(self, file: int | None) -> int | None:
         """The first rank's open file, if it has one, on all ranks: a descriptor of their own on each."""
         if self.rank == 0:
-            for other in self._sockets.values():
-                socket.send_fds(other, [b"."], [] if file is None else [file])
+            for other in self._sockets:
+                with self._speaking_to(other):
+                    socket.send_fds(self._sockets[other], [b"."], [] if file is None else [file])
             return file
-        _, files, _, _ = socket.recv_fds(self._sockets[0], 1, 1)
+        with self._speaking_to(0):
+            told, files, _, _ = socket.recv_fds(self._sockets[0], 1, 1)
+            if not told:
+                raise ConnectionResetError
         return files[0] if files else None
 
     @contextlib.contextmanager

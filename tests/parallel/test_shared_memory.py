@@ -201,6 +201,21 @@ def test_a_rank_that_dies_is_an_error_on_the_others() -> None:
     assert "The connection to rank 1 of 2 is closed: it has ended." in str(survivor)
 
 
+def die_before_rooms_are_larger() -> None:
+    memory, rank = shared(64), dist.get_rank()
+    gather(memory, torch.zeros(2, 10))
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    gather(memory, torch.zeros(2, 1000))
+
+
+def test_a_rank_that_dies_before_it_hands_out_memory_is_an_error_too() -> None:
+    dead, survivor = launch(die_before_rooms_are_larger, 2, timeout=60)
+    assert isinstance(dead, RankFailure)
+    assert isinstance(survivor, RankFailure)
+    assert "The connection to rank 0 of 2 is closed: it has ended." in str(survivor)
+
+
 def stay_away() -> None:
     sockets.PATIENCE = timedelta(seconds=0.2)
     memory, rank = shared(4096), dist.get_rank()
