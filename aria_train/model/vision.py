@@ -131,7 +131,7 @@ def images_to_batch(images: list[Tensor], config: VisionConfig) -> ImageBatch:
         rows, cols = image.shape[1] // patch, image.shape[2] // patch
         tiles = image.float().reshape(3, rows, patch, cols, patch).permute(1, 3, 0, 2, 4)
         parts.append(tiles.reshape(rows * cols, 3 * patch * patch))
-        ids.append(torch.from_numpy(position_ids(rows, cols, config.position_grid)).to(image.device))
+        ids.append(torch.tensor(position_ids(rows, cols, config.position_grid), device=image.device))
     if not parts:
         return ImageBatch.empty(patch)
     starts = list(itertools.accumulate((part.shape[0] for part in parts), initial=0))

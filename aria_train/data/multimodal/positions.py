@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+@functools.lru_cache(maxsize=256)
 def position_ids(rows: int, cols: int, grid: int) -> NDArray[np.int64]:
     """Learned position of every patch of an image of `rows` x `cols` patches: int64 [rows * cols], row-major.
 
@@ -17,7 +18,9 @@ def position_ids(rows: int, cols: int, grid: int) -> NDArray[np.int64]:
     images 25, 49, 50 or 55 patches long. The weights were trained so, hence the float arithmetic is reproduced here
     rather than replaced by i * grid // n.
     """
-    return (_buckets(rows, grid)[:, None] * grid + _buckets(cols, grid)[None, :]).reshape(-1)
+    positions = (_buckets(rows, grid)[:, None] * grid + _buckets(cols, grid)[None, :]).reshape(-1)
+    positions.flags.writeable = False  # shared by every caller of the cache
+    return positions
 
 
 @functools.lru_cache(maxsize=4096)
