@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 from unittest import mock
@@ -43,7 +44,8 @@ class Collectives(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.dtypes: dict[str, set[torch.dtype]] = defaultdict(set)
-
+        self.order: list[str] = []
+        """Gathers and reductions, and copies of what was gathered into parameters."""
         self.patches = [
             mock.patch.object(DirectAllGather, "__call__", self.counted("_allgather_base_", DirectAllGather)),
             mock.patch.object(
@@ -69,6 +71,8 @@ class Collectives(TorchDispatchMode):
                 name = "tokens" if args[0].is_floating_point() else "token counts"
             if name not in ("send", "recv_"):
                 self.count(name, args[1] if name in ("_allgather_base_", "_reduce_scatter_base_") else args[0])
+        elif func.namespace == "fsdp" and name == "split_with_sizes_copy":
+            self.order.append("copied out")
         return func(*args, **(kwargs or {}))
 
     def count(self, name: str, given: Any) -> None:
@@ -83,6 +87,7 @@ class Collectives(TorchDispatchMode):
 
         def counting(comm: Any, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> None:
             self.count(name, input_tensor)
+            self.order.append(name)
             call(comm, output_tensor, input_tensor, *args, **kwargs)
 
         return counting
@@ -110,6 +115,7 @@ def observe_steps(config: RunConfig) -> dict[str, Any]:
         "calls": dict(seen.calls),
         "bytes": dict(seen.bytes),
         "dtypes": dict(seen.dtypes),
+        "order": seen.order,
         "held": held,
         "dtypes held": {_local(t).dtype for t in parameters.values()}
         | {s[k].dtype for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")},
@@ -171,6 +177,14 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
         per_rank = run_distributed(observe_all, ranks, configs)
         results.update({name: [rank[index] for rank in per_rank] for index, name in enumerate(names)})
     return results
+
+
+def test_what_is_gathered_is_copied_out_before_ranks_meet_again(observed: dict[str, list[dict[str, Any]]]) -> None:
+    """Shared memory relies on it: once all have met twice more, what was gathered may be overwritten."""
+    for name, ranks in observed.items():
+        for rank in ranks:
+            following = [after for now, after in pairwise(rank["order"]) if now == "_allgather_base_"]
+            assert set(following) == ({"copied out"} if len(ranks) > 1 else set()), name
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -185,35 +185,20 @@ def test_another_user_of_the_machine_is_no_rank() -> None:
     assert run_distributed(visited_by_a_stranger, 2) == [True, True]
 
 
-def die_in_the_middle() -> None:
+def die_in_the_middle(dead: int, numbers: int) -> None:
     memory, rank = shared(4096), dist.get_rank()
     gather(memory, torch.zeros(2, 10))
-    if rank == 1:
+    if rank == dead:
         os.kill(os.getpid(), signal.SIGKILL)
-    gather(memory, torch.zeros(2, 10))
+    gather(memory, torch.zeros(2, numbers))
 
 
-def test_a_rank_that_dies_is_an_error_on_the_others() -> None:
-    survivor, dead = launch(die_in_the_middle, 2, timeout=60)
-    assert isinstance(dead, RankFailure)
-    assert "SIGKILL" in str(dead)
-    assert isinstance(survivor, RankFailure)
-    assert "The connection to rank 1 of 2 is closed: it has ended." in str(survivor)
-
-
-def die_before_rooms_are_larger() -> None:
-    memory, rank = shared(64), dist.get_rank()
-    gather(memory, torch.zeros(2, 10))
-    if rank == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    gather(memory, torch.zeros(2, 1000))
-
-
-def test_a_rank_that_dies_before_it_hands_out_memory_is_an_error_too() -> None:
-    dead, survivor = launch(die_before_rooms_are_larger, 2, timeout=60)
-    assert isinstance(dead, RankFailure)
-    assert isinstance(survivor, RankFailure)
-    assert "The connection to rank 0 of 2 is closed: it has ended." in str(survivor)
+@pytest.mark.parametrize(("dead", "numbers"), [(1, 10), (0, 10_000)], ids=["in a turn", "handing out larger rooms"])
+def test_a_rank_that_dies_is_an_error_on_the_others(dead: int, numbers: int) -> None:
+    outcomes = launch(die_in_the_middle, 2, dead, numbers, timeout=60)
+    assert all(isinstance(outcome, RankFailure) for outcome in outcomes)
+    assert "SIGKILL" in str(outcomes[dead])
+    assert f"The connection to rank {dead} of 2 is closed: it has ended." in str(outcomes[1 - dead])
 
 
 def stay_away() -> None:
