@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
@@ -129,7 +130,8 @@ def fitting(size: Size, measure: Callable[[Size], Measured]) -> Measured:
 def side_by_side(size: Size, device: torch.device, turns: int, ceiling: float) -> Row:
     comparison = compare(build_ours(size, device), build_theirs(size, device), turns, warmup=2)
     share = flops(size) / comparison.seconds[0] / ceiling
-    return Row("training step, full width", "transformers' Aria, grouped_mm", comparison, f"bf16, {size}", share)
+    peer = f"transformers' Aria, {'grouped_mm' if groups_experts() else 'one expert after the other'}"
+    return Row("training step, full width", peer, comparison, f"bf16, {size}", share)
 
 
 def alone(size: Size, device: torch.device, turns: int, ceiling: float) -> dict[str, Any]:
@@ -204,8 +206,9 @@ def build_theirs(size: Size, device: torch.device) -> Run:
 
     config = AriaTextConfig(**hf_config(size.model(), torch.bfloat16))
     build: Callable[..., Any] = AriaTextForCausalLM._from_config
+    experts = {"experts_implementation": "grouped_mm"} if groups_experts() else {}
     with device:
-        model = build(config, dtype=torch.bfloat16, experts_implementation="grouped_mm").train()
+        model = build(config, dtype=torch.bfloat16, **experts).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     windows = [batch.token_ids.view(-1, size.tokens).to(device) for batch in batches_of(size)]
 
@@ -217,6 +220,11 @@ def build_theirs(size: Size, device: torch.device) -> Run:
         optimizer.zero_grad()
 
     return run
+
+
+def groups_experts() -> bool:
+    """Whether transformers' Aria has grouped products: from 5.18 on."""
+    return tuple(int(part) for part in version("transformers").split(".")[:2]) >= (5, 18)
 
 
 if __name__ == "__main__":

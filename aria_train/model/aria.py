@@ -12,7 +12,7 @@ Shape legend: T tokens, H hidden, V vocabulary, L layers, E experts, N positions
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,7 @@ def part_of(name: str) -> Part:
     return "projector" if name.startswith("projector.") else "decoder"
 
 
-@dataclass
-class AriaOutput:
+class AriaOutput(NamedTuple):
     """Sums over the micro-batch; the trainer divides by totals of the global batch."""
 
     loss_sum: Tensor
@@ -147,5 +146,4 @@ class AriaModel(nn.Module):
 
 def stack_stats(stats: list[RouterStats]) -> RouterStats:
     """One RouterStats whose tensors have a leading layer dimension."""
-    columns = zip(*((s.counts, s.prob_sums, s.z_sum, s.entropy_sum) for s in stats), strict=True)
-    return RouterStats(*(torch.stack(column) for column in columns))
+    return RouterStats(*(torch.stack(column) for column in zip(*stats, strict=True)))

@@ -6,7 +6,7 @@ code; Mixtral does the same). Shape legend: T tokens, H hidden, E experts, K exp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from aria_train.kernels.compiled import chain
 
 
-@dataclass
-class RouterStats:
-    """What the losses and the metrics need of one layer's routing; sums over tokens, so parts add up."""
+class RouterStats(NamedTuple):
+    """What the losses and the metrics need of one layer's routing; sums over tokens, so parts add up.
+
+    A tuple, as are all outputs of modules: in dataclasses FSDP2 finds no gradients before PyTorch 2.12.
+    """
 
     counts: Tensor
     """float32 [E]: assignments to each expert. No gradient."""

@@ -195,10 +195,14 @@ def test_progress_ends_at_the_total(published: Path, tmp_path: Path):
 # Namings
 
 
-def as_in_memory(name: str) -> str:
+def as_in_older_memory(name: str) -> str:
     name = re.sub(r"^language_model\.lm_head", "lm_head", name)
     name = re.sub(r"^language_model\.model\.", "model.language_model.", name)
-    name = re.sub(r"^(vision_tower|multi_modal_projector)", r"model.\1", name)
+    return re.sub(r"^(vision_tower|multi_modal_projector)", r"model.\1", name)
+
+
+def as_in_memory(name: str) -> str:
+    name = as_in_older_memory(name)
     return name.replace("experts.fc1.weight", "experts.gate_up_proj").replace("experts.fc2.weight", "experts.down_proj")
 
 
@@ -221,11 +225,13 @@ def renamed(source: Path, target: Path, rename: Callable[[str], str | None]) -> 
 
 
 def test_names_of_transformers_in_memory_are_read(published: Path, tmp_path: Path):
-    state = renamed(published, tmp_path / "memory", as_in_memory)
-    assert state.keys() == released_model(Sizes()).state_dict().keys()
-    assert same_state(
-        dict(load_pretrained(tmp_path / "memory").state_dict()), dict(load_pretrained(published).state_dict())
-    )
+    """Those of the installed release, and those of others: experts were called otherwise in 5.17."""
+    expected = dict(load_pretrained(published).state_dict())
+    names = []
+    for naming in (as_in_memory, as_in_older_memory):
+        names.append(renamed(published, tmp_path / naming.__name__, naming).keys())
+        assert same_state(dict(load_pretrained(tmp_path / naming.__name__).state_dict()), expected)
+    assert released_model(Sizes()).state_dict().keys() in names
 
 
 def test_names_of_the_first_releases_are_read(published: Path, tmp_path: Path):
