@@ -4,7 +4,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-quick demo-data needle clean-demo test lint format bench bench-gpu slurm-test faults
+.PHONY: help setup demo demo-quick demo-data needle clean-demo test test-oldest lint format bench bench-gpu slurm-test faults
 
 PYTHON ?= python3
 venv_python := .venv/bin/python
@@ -17,6 +17,7 @@ help:
 	@echo 'make demo-data   prepare the corpora of the demo and nothing else (data/small/)'
 	@echo 'make clean-demo  forget the demo: the next one starts over'
 	@echo 'make test        lint, types, then every test'
+	@echo 'make test-oldest the tests with the oldest releases that pyproject.toml allows (downloads gigabytes)'
 	@echo 'make bench       measure speed beside peers, into docs/performance.md (nothing else should run)'
 	@echo 'make bench-gpu   the same at full width, on a GPU'
 	@echo 'make slurm-test  install SLURM (Debian, apt) and run a job under it that is preempted and requeued'
@@ -53,6 +54,14 @@ clean-demo:
 
 test: lint
 	@$(venv_python) -m pytest
+
+# In a .venv-oldest of its own, from scratch. pip has no way to choose the oldest; uv has.
+test-oldest:
+	@rm -rf .venv-oldest
+	@$(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@.venv-oldest/bin/python -m uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct -e '.[dev]'
+	@.venv-oldest/bin/python -m pytest
 
 # Where it is not installed yet, that takes the rights to do so.
 slurm-test: $(installed)
