@@ -31,16 +31,21 @@ from benchmarks.table import Row
 CONFIG = "configs/small/stage1_lang.yaml"
 WIDTHS = (128, 256, 512)
 """Hidden sizes; heads and experts grow with them. The first is the demo's."""
-LAYOUTS = {"ZeRO 2": (1, 8), "EP 2": (2, 8), "ZeRO 2, larger batch": (1, 32)}
-"""Expert parallel sizes of two ranks, and windows of a step, 256 tokens each. What ZeRO moves grows with the weights
-alone and what there is to compute with weights and tokens; what experts exchange grows with tokens and width."""
+WINDOWS = 8
+"""Of a step of the demo, 256 tokens each."""
+ZERO, EXPERTS, GROWING = "ZeRO 2", "EP 2", "ZeRO 2, tokens as width"
+"""What ZeRO moves grows with the weights alone and what there is to compute with weights and tokens, so it has its rows
+twice: with a step's tokens as they are, and in proportion to the width, as larger models are trained. What experts
+exchange grows with tokens and width."""
 
 
 def rows(turns: int) -> list[Row]:
     """A row per layout and width."""
     found = []
     for width in WIDTHS:
-        for layout, (expert_parallel, windows) in LAYOUTS.items():
+        for layout in (ZERO, EXPERTS, GROWING) if width > WIDTHS[0] else (ZERO, EXPERTS):
+            expert_parallel = 2 if layout == EXPERTS else 1
+            windows = WINDOWS * width // WIDTHS[0] if layout == GROWING else WINDOWS
             with Side(width, 1, 1, windows) as alone, Side(width, 2, expert_parallel, windows) as together:
                 comparison = compare(together.step, alone.step, turns)
                 split = together.split(comparison.seconds[1])
