@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from aria_train.batch import ImageBatch, MicroBatch
 from aria_train.config import ModelConfig, RunConfig, VisionConfig, load_config
@@ -125,6 +126,21 @@ def test_no_device_has_to_wait_for_the_host_in_a_step(recompute: str) -> None:
     output = model(batch)
     (output.loss_sum + output.router.z_sum.sum() + output.router.prob_sums.sum()).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_modules_return_tensors_and_tuples_of_them() -> None:
+    """FSDP2 looks for gradients there; in dataclasses from PyTorch 2.12 on; a model of one unit got none before."""
+    with torch.device("meta"):
+        model = AriaModel(ModelConfig(num_layers=2, vision=VisionConfig(num_layers=2))).bfloat16()
+        batch = meta_batch(tokens=8192, num_images=3, queries=256, patches=4900)
+    returned: dict[str, set[type]] = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: returned.update({name: set(map(type, tree_leaves(output)))})
+        )
+    model(batch)
+    assert {"", "layers.1", "layers.1.moe.experts", "vision", "projector"} <= returned.keys()
+    assert {name: kinds for name, kinds in returned.items() if kinds != {torch.Tensor}} == {}
 
 
 def test_a_wait_for_the_device_would_be_noticed() -> None:
