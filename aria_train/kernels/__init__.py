@@ -4,7 +4,7 @@ PyTorch strings together one pass per multiplication, each with a fresh tensor a
 is one operation with a backward pass of its own: buffers are written in place, in blocks that stay in cache, and what
 is cheap to compute again is not kept. Plain tensor operations throughout: nothing to compile. These functions are for
 CPU tensors; `on_cpu` and `by_hand` are how callers choose. `compiled.py` is the other way to the same end, on any
-device; `fp8.py` is for GPUs alone.
+device, and the sums of `routing.py` serve any too; `fp8.py` is for GPUs alone.
 """
 
 from __future__ import annotations

@@ -1,5 +1,10 @@
-"""Routing of tokens to experts and back, as gathers that sum on the way. Shape legend: T tokens, H hidden, E experts,
-K experts per token, R = T * K rows sorted by expert."""
+"""Routing of tokens to experts and back, as gathers that sum on the way.
+
+On any device: as batched products, one per token, the sums would hold the gathered rows, and a window of 64K would be
+more products than a CUDA grid has blocks in its second dimension (65,535).
+
+Shape legend: T tokens, H hidden, E experts, K experts per token, R = T * K rows sorted by expert.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ from aria_train.kernels.compiled import chain
 
 
 def stable_argsort(values: Tensor, bound: int) -> Tensor:
-    """The stable order of small integers, int64 in [0, bound): by radix where they fit 16 bits, as NumPy does."""
+    """The stable order of small integers, on a CPU: int64 in [0, bound); by radix where 16 bits hold them, as NumPy."""
     if bound > 1 << 16:
         return values.argsort(stable=True)
     narrow = values.numpy().astype(np.uint8 if bound <= 1 << 8 else np.uint16)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from aria_train import kernels
-from aria_train.kernels import compiled, routing
+from aria_train.kernels import routing
 from aria_train.parallel.exchange import Exchange
 
 
@@ -166,11 +166,7 @@ def sort_arrivals(receiving_PE: Tensor, num_rows: int) -> Tensor:
 
 def weighted_sum(rows_RH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
     """Sums each token's K rows, sorted by expert as they were sent, with its weights -> [T, H]."""
-    order_R, home_R = dispatched.order, dispatched.home
-    if kernels.on_cpu(rows_RH) or compiled.enabled():
-        return routing.weighted_sum(rows_RH, home_R.view_as(weights_TK), order_R, weights_TK)
-    rows_TKH = _Permute.apply(rows_RH, home_R, order_R).unflatten(0, weights_TK.shape)
-    return torch.bmm(weights_TK.to(rows_RH.dtype).unsqueeze(1), rows_TKH).squeeze(1)
+    return routing.weighted_sum(rows_RH, dispatched.home.view_as(weights_TK), dispatched.order, weights_TK)
 
 
 def _inverse(permutation: Tensor) -> Tensor:
@@ -205,7 +201,4 @@ class _Replicate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None, None, None]:
         (home_R,) = ctx.saved_tensors
-        home_TK = home_R.view(-1, ctx.top_k)
-        if kernels.on_cpu(grad_RH) or compiled.enabled():
-            return routing.sum_rows(grad_RH, home_TK), None, None, None
-        return grad_RH.index_select(0, home_R).unflatten(0, home_TK.shape).sum(1), None, None, None
+        return routing.sum_rows(grad_RH, home_R.view(-1, ctx.top_k)), None, None, None
