@@ -18,6 +18,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and dist.get_rank() == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 dist.barrier()
 print("met again" if dist.get_rank() == 0 else "", flush=True)
+dist.destroy_process_group()  # gloo's threads may abort an interpreter that ends around them
 """
 
 
