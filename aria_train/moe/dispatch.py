@@ -62,7 +62,7 @@ class LocalDispatcher:
         return dispatched.rows
 
     def combine(self, rows_SH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
-        return weighted_sum(rows_SH, dispatched, weights_TK)
+        return routing.weighted_sum(rows_SH, dispatched.home.view_as(weights_TK), dispatched.order, weights_TK)
 
 
 class AllToAllDispatcher:
@@ -98,7 +98,7 @@ class AllToAllDispatcher:
         rows_SH = _Permute.apply(rows_SH, dispatched.arrival_inverse, dispatched.arrival)
         back = Journey(self.exchange, dispatched.journey.received, dispatched.journey.sent)
         rows_RH = back.arrive(back.leave(rows_SH))
-        return weighted_sum(rows_RH, dispatched, weights_TK)
+        return routing.weighted_sum(rows_RH, dispatched.home.view_as(weights_TK), dispatched.order, weights_TK)
 
 
 @dataclass
@@ -162,11 +162,6 @@ def sort_arrivals(receiving_PE: Tensor, num_rows: int) -> Tensor:
     expert_of_run = torch.arange(num_local, device=receiving_PE.device).repeat(num_ranks)
     expert_of_row = expert_of_run.repeat_interleave(receiving_PE.flatten(), output_size=num_rows)
     return expert_of_row.argsort(stable=True)
-
-
-def weighted_sum(rows_RH: Tensor, dispatched: Dispatched, weights_TK: Tensor) -> Tensor:
-    """Sums each token's K rows, sorted by expert as they were sent, with its weights -> [T, H]."""
-    return routing.weighted_sum(rows_RH, dispatched.home.view_as(weights_TK), dispatched.order, weights_TK)
 
 
 def _inverse(permutation: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import pytest
 from PIL import Image
 
 from aria_train.data.multimodal import images
@@ -50,7 +49,6 @@ def test_long_videos_are_sought_and_short_ones_give_each_frame_once(tmp_path):
     assert [round(brightness(f) / 10) for f in sample_frames(tmp_path / "short.mp4", 8, VISION)] == [0, 1, 2]
 
 
-@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_rotation"), reason="PyAV before 18 writes none")
 def test_a_phone_held_upright_gives_upright_frames(tmp_path):
     write_video(tmp_path / "video.mp4", frames=4, turn=90)
     (frame,) = sample_frames(tmp_path / "video.mp4", 1, VISION)
