@@ -43,7 +43,8 @@ class ImageBatch:
         """No images: what a rank whose micro-batch is all text sends through the encoder."""
         patches = torch.zeros(0, 3 * patch_size**2, device=device)
         ids = torch.zeros(0, dtype=torch.int64, device=device)
-        return cls(patches, ids, torch.zeros(1, dtype=torch.int32, device=device), [])
+        starts = torch.zeros(1, dtype=torch.int32, device=device)
+        return cls(patches, ids, starts, [], query_starts=starts)
 
     def to(self, device: torch.device) -> ImageBatch:
         moved: ImageBatch = _to(self, device)

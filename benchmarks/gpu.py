@@ -34,7 +34,7 @@ from aria_train.model.hf.config import hf_config
 from aria_train.model.init import initialise
 from aria_train.model.recompute import Recompute
 from aria_train.moe.experts import use_fp8
-from aria_train.parallel.mesh import build_meshes, init_process_group
+from aria_train.parallel.mesh import build_meshes, init_process_group, pick_device
 from aria_train.parallel.shard import parallelize, set_last_micro_batch
 from aria_train.train.objective import Totals, objective
 from aria_train.train.optimizer import build_optimizer, clip_gradients
@@ -81,7 +81,7 @@ def main() -> None:
     if not torch.cuda.is_available() and not arguments.tiny:
         parser.exit(2, "make bench-gpu: no GPU here. --tiny tries the benchmark with a toy model on the CPU.\n")
     tiny, turns = arguments.tiny, arguments.turns
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device("auto")
     init_process_group(device)
     ceiling = gemm_ceiling(torch.bfloat16, 512 if tiny else 8192)
     facts = machine() | {"gemm_bf16_tflops": round(ceiling / 1e12, 1)}

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
@@ -83,7 +83,7 @@ class Loader:
         self._dealt = functools.lru_cache(maxsize=8)(self._deal)
         self._places = ((step, i) for step in itertools.count(start_step) for i in range(self.num_micro_batches))
         self._ahead = config.data.prefetch_batches
-        self._pool = ThreadPoolExecutor(config.data.workers, thread_name_prefix="loader")
+        self._pool = ThreadPoolExecutor(config.data.workers, "loader", initializer=_same_device())
         self._pending: deque[Future[MicroBatch]] = deque()
         self._closed = False
 
@@ -197,8 +197,17 @@ def _starts(lengths: Iterable[int]) -> torch.Tensor:
 
 
 def pin(batch: MicroBatch) -> MicroBatch:
-    """The batch in page-locked memory, from which copies to a GPU run beside computation; elsewhere, as it is."""
-    return _pin(batch) if torch.cuda.is_available() else batch
+    """The batch in page-locked memory, from which copies to a GPU run beside computation, in a process that uses one;
+    elsewhere, as it is."""
+    return _pin(batch) if torch.cuda.is_initialized() else batch
+
+
+def _same_device() -> Callable[[], None] | None:
+    """What a thread does first: it uses this thread's GPU. By itself it would page-lock memory for the first one, and
+    every rank's take room there."""
+    if not torch.cuda.is_initialized():
+        return None
+    return functools.partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def _pin(value: Any) -> Any:

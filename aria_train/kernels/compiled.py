@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, wraps
+from types import FunctionType
 from typing import ParamSpec, TypeVar, cast
+from zlib import crc32
 
 import torch
 
@@ -40,14 +42,23 @@ def chain(function: Callable[P, R]) -> Callable[P, R]:
     """The function, compiled when `compile_chains` says so. Tensors alone, and no loop over their sizes."""
 
     @cache  # torch.compile imports for a second: not before it is wanted
-    def compiled() -> Callable[P, R]:
-        return cast(Callable[P, R], torch.compile(function))
+    def compiled(layout: tuple[object, ...]) -> Callable[P, R]:
+        # By its name and place in the source the compiler knows which sizes of a function it has seen to vary.
+        code = function.__code__.replace(co_name=f"{function.__name__}_{crc32(repr(layout).encode()):x}")
+        twin = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+        return cast(Callable[P, R], torch.compile(twin))
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return compiled()(*args, **kwargs) if _enabled else function(*args, **kwargs)
+        return compiled(_layout(args))(*args, **kwargs) if _enabled else function(*args, **kwargs)
 
     return run
+
+
+def _layout(args: tuple[object, ...]) -> tuple[object, ...]:
+    """What is alike wherever a chain runs for the same part of the model: all but the number of rows. Each has a kernel
+    of its own, whose widths are constants; one kernel for several widths could not load several numbers at once."""
+    return tuple((x.dtype, x.shape[1:]) if isinstance(x, torch.Tensor) else x for x in args)
 
 
 def _try(device: torch.device) -> None:

@@ -30,9 +30,10 @@ _MANTISSA, _EXPONENT = 0x007FFFFF, -0x00800000
 
 def require(device: torch.device) -> None:
     """Raises ConfigError where the device multiplies no FP8."""
-    weight = torch.ones(1, 16, 16, dtype=torch.bfloat16, device=device)
+    ones, scales = torch.ones(1, 16, 16, device=device).to(torch.float8_e4m3fn), torch.ones(1, 16, device=device)
+    ends = torch.full((1,), 16, dtype=torch.int32, device=device)
     try:
-        grouped_mm(weight[0], weight, torch.full((1,), 16, dtype=torch.int32, device=device))
+        _multiply(ones[0], scales[0], ones, scales, ends, torch.bfloat16)
     except (RuntimeError, ValueError, AttributeError) as error:  # no kernel, or no function
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}"
         reason = str(error).strip().partition(". ")[0].partition("\n")[0]
@@ -60,10 +61,21 @@ def grouped_mm(rows_SI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """
     rows, row_scales_S = quantise(rows_SI)
     columns_EOI, column_scales_EO = quantise(weight_EIO.mT)
+    return _multiply(rows, row_scales_S, columns_EOI, column_scales_EO, ends_E, rows_SI.dtype)
+
+
+def _multiply(
+    rows_SI: Tensor,
+    row_scales_S: Tensor,
+    columns_EOI: Tensor,
+    column_scales_EO: Tensor,
+    ends_E: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
     by_row = F.ScalingType.RowWise
     return F.scaled_grouped_mm(  # type: ignore[attr-defined, no-any-return, unused-ignore]
-        rows, columns_EOI.mT, row_scales_S, by_row, column_scales_EO, by_row,
-        offs=ends_E, output_dtype=rows_SI.dtype, use_fast_accum=True,
+        rows_SI, columns_EOI.mT, row_scales_S, by_row, column_scales_EO, by_row,
+        offs=ends_E, output_dtype=dtype, use_fast_accum=True,
     )  # fmt: skip
 
 

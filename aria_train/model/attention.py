@@ -18,13 +18,13 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, max_leng
     q: [T, heads, d]; k, v: [T, kv_heads, d], kv_heads dividing heads. starts: int32 [D + 1], first token of each
     document, then T. Returns [T, heads, d]. Scores are scaled by 1 / sqrt(d).
     """
+    if not q.shape[0]:
+        return q + 0 * (k.sum() + v.sum())  # no tokens: keep k and v in the graph, so that every rank reduces them
     if _has_varlen(q):
         groups = q.shape[1] // k.shape[1]
         k, v = (x if groups == 1 else x.repeat_interleave(groups, 1) for x in (k, v))
         return _varlen(q, k, v, starts, starts, max_length, max_length, causal)
     lengths = [length for length in starts.diff().tolist() if length]
-    if not lengths:
-        return q + 0 * (k.sum() + v.sum())  # no tokens: keep k and v in the graph, so that every rank reduces them
     return _by_document(q, k, v, lengths, lengths, causal)
 
 

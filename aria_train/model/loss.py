@@ -25,6 +25,8 @@ _TILE_LOGITS = 2**25
 """Logits worked on at once (positions x columns)."""
 _TILE_CPU = 1024, 2048
 """Positions and columns of a tile on a CPU, where a few passes over it should find it in cache."""
+_ALIGNED = 128
+"""Of which the sizes of a GPU's tiles are multiples."""
 _SMALLEST_SHARE = 1e-30
 """Of the probability that a tile may have: below it, its reciprocal would leave the range of float32."""
 
@@ -136,15 +138,22 @@ def _tile_shape(x: Tensor, weight: Tensor) -> tuple[int, int]:
     """Positions of a chunk, and columns of its tiles.
 
     Each chunk reads and writes the weight's gradient in float32, which takes a GPU as long as the products of some
-    hundred positions. With as many positions as hidden columns that is little beside them; the chunk's tiles, which
-    wait for their sums, take no more memory than that gradient does.
+    hundred positions. With about as many positions as hidden columns that is little beside them; the chunk's tiles,
+    which wait for their sums, take no more memory than that gradient does. Tiles are alike, and a multiple of
+    `_ALIGNED` wide: rows of odd length would start where no tensor core can load them.
     """
-    vocabulary, width = weight.shape
+    (vocabulary, width), positions = weight.shape, x.shape[0]
     rows = max(1, _TILE_LOGITS // vocabulary)
     if kernels.on_cpu(x):
         return min(rows, _TILE_CPU[0]), _TILE_CPU[1]
-    rows = max(rows, width)
-    return rows, min(vocabulary, max(1, _TILE_LOGITS // rows))
+    rows = _alike(positions, max(rows, width))
+    return rows, _alike(vocabulary, _TILE_LOGITS // rows)
+
+
+def _alike(length: int, most: int) -> int:
+    """The size of as few parts as there can be of at most so many each, all about as large: a multiple of _ALIGNED."""
+    parts = -(-length // max(_ALIGNED, most // _ALIGNED * _ALIGNED))
+    return -(-length // (max(1, parts) * _ALIGNED)) * _ALIGNED or _ALIGNED
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

@@ -79,10 +79,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x_PC: Tensor, spans: ImageSpans) -> Tensor:
         q, k, v = (project(x_PC).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
-        if x_PC.shape[0]:
-            mixed_PND = document_attention(q, k, v, spans.starts, spans.max_patches, causal=False)
-        else:
-            mixed_PND = q + k + v  # attention over nothing, yet all three stay in the graph
+        mixed_PND = document_attention(q, k, v, spans.starts, spans.max_patches, causal=False)
         out: Tensor = self.out(mixed_PND.flatten(1))
         return out
 

@@ -44,8 +44,7 @@ class GroupedExperts(nn.Module):
 
     def compose(self, rows_SH: Tensor, offsets_E: Tensor) -> Tensor:
         """The same, as separate grouped products."""
-        gate_SF, up_SF = self.multiply("gate_up", rows_SH, offsets_E).chunk(2, dim=-1)
-        return self.multiply("down", _swiglu(gate_SF, up_SF), offsets_E)
+        return self.multiply("down", _swiglu_of(self.multiply("gate_up", rows_SH, offsets_E)), offsets_E)
 
     def multiply(self, name: str, rows_SI: Tensor, offsets_E: Tensor) -> Tensor:
         """Rows times the weights of that name, each row its expert's."""
@@ -89,6 +88,13 @@ def grouped_mm(rows_SI: Tensor, weight_EIO: Tensor, offsets_E: Tensor, in_fp8: b
 
 @chain
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+@chain
+def _swiglu_of(both: Tensor) -> Tensor:
+    """Of gate and up side by side."""
+    gate, up = both.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from aria_train.errors import UserError
+from aria_train.errors import EXIT_USER_ERROR, Stopped, UserError
 
 _REPORTED = "reported"
 """Counter in the job's store of the ranks that have left with an error of the user's."""
@@ -23,18 +26,43 @@ def orderly_end() -> Iterator[None]:
         yield
         if dist.is_initialized():
             dist.barrier()
+    except Stopped:
+        _leave_group()
+        raise
     except UserError as error:
         error.spokesman = _first_to_report(str(error))
+        _leave_group_alone(EXIT_USER_ERROR)
         raise
-    except Exception:
-        if not _reported_elsewhere():
+    except BaseException as error:
+        cut_off = isinstance(error, Exception) and _reported_elsewhere()
+        _leave_group_alone(EXIT_USER_ERROR if cut_off else 130 if isinstance(error, KeyboardInterrupt) else 1)
+        if not cut_off:
             raise
         silent = UserError("cut off by another rank's error")
         silent.spokesman = False
         raise silent from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    _leave_group()
+
+
+def _leave_group() -> None:
+    """As all ranks do."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _leave_group_alone(status: int) -> None:
+    """While the others may be in the midst of a collective. NCCL would wait for them, and they wait for this rank: then
+    the process ends without, once it has said why, and its launcher ends the others."""
+    if dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() != "gloo":
+        atexit.register(_end_at_once, status)
+    else:
+        _leave_group()
+
+
+def _end_at_once(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _first_to_report(message: str) -> bool | None:

@@ -79,8 +79,9 @@ def parallelize(model: AriaModel, meshes: Meshes, precision: str) -> AriaModel:
     if isinstance(model, FSDPModule):
         for method in ("logits", "target_logits"):
             register_fsdp_forward_method(model, method)
-    for module in sharded:
-        module.set_gradient_divide_factor(1.0)
+    for module, mesh in sharded.items():
+        if mesh.size() > 1:  # alone there is nothing to divide by, and FSDP2 would take a copy to divide it by one
+            module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     exchange_directly(sharded)
     return model

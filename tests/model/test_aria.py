@@ -163,10 +163,12 @@ def meta_batch(tokens: int, num_images: int, queries: int, patches: int) -> Micr
     return batch
 
 
+@pytest.mark.parametrize("positions", [1, 7931, 8192, 65536])
 @pytest.mark.parametrize(("hidden", "vocabulary"), [(HIDDEN, VOCABULARY), (64, 1024), (8192, 256_000), (128, 2**26)])
-def test_tiles_of_the_loss_take_no_more_memory_than_the_gradient(hidden: int, vocabulary: int) -> None:
+def test_tiles_of_the_loss_take_no_more_memory_than_the_gradient(hidden: int, vocabulary: int, positions: int) -> None:
     """On a GPU: bf16 tiles of a chunk beside the float32 gradient of the head; a tile in float32 is 128 MiB."""
     with torch.device("meta"):
-        rows, columns = _tile_shape(torch.empty(1, hidden), torch.empty(vocabulary, hidden))
+        rows, columns = _tile_shape(torch.empty(positions, hidden), torch.empty(vocabulary, hidden))
     assert rows * columns <= max(2**25, rows)
     assert rows * vocabulary * 2 <= max(vocabulary * hidden * 4, 2**26)
+    assert rows % 128 == columns % 128 == 0

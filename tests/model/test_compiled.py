@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from aria_train.config import dump_config
-from aria_train.kernels.compiled import compile_chains
+from aria_train.kernels.compiled import chain, compile_chains
 from aria_train.model import AriaModel
 from aria_train.moe.experts import GroupedExperts
 from tests.model.test_decoder import DOCUMENTS, model_config, pack
@@ -55,6 +56,30 @@ def test_compiled_chains_change_no_number(
         assert (a - b).float().norm() <= tolerance * b.float().norm()
     assert counters["stats"]["unique_graphs"] >= 6
     assert not counters["graph_break"]
+
+
+def _add(x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+@pytest.mark.usefixtures("switched_off")
+def test_widths_are_constants_of_a_compiled_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one function serves several: rows of a symbol's length could not be loaded several numbers at once."""
+    seen: list[tuple[int | torch.SymInt, ...]] = []
+
+    def look(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
+        inputs = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        seen.extend((*x.shape, *x.stride()) for x in inputs if isinstance(x, Tensor) and x.ndim == 2)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=look))
+    add = chain(_add)
+    compile_chains(True)
+    for rows, width in [(64, 48), (96, 16), (128, 16), (160, 48), (200, 16), (72, 48)]:
+        ones = torch.ones(rows, width)
+        assert torch.equal(add(ones, ones.clone()), 2 * ones)
+    assert {type(size) for _, *sizes in seen for size in sizes} == {int}
+    assert {rows for rows, *_ in seen if isinstance(rows, int)} == {64, 96}  # from the second number on a symbol
 
 
 def test_without_a_compiler_one_error_before_anything_starts(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ writes and publishes it; its ranks talk over a process group of their own, which
 
 from __future__ import annotations
 
+import mmap
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 
 import torch
@@ -67,7 +69,7 @@ class Saver:
         if self._group is not None and (self._thread is None or not self._thread.is_alive()):
             dist.destroy_process_group(self._group)
             self._group = None
-        self._copies.clear()
+        self._copies.clear()  # with them goes what page-locks them
 
     def wait(self) -> None:
         """Waits for the save under way, whether it fails or not."""
@@ -84,7 +86,7 @@ class Saver:
         source = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         copy = self._copies.get(name)
         if copy is None:
-            copy = self._copies[name] = torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)
+            copy = self._copies[name] = host_memory(source)
         # On a GPU this is queued behind the step and before the next one's update; nothing waits here.
         copy.copy_(source.detach(), non_blocking=True)
         return DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
@@ -100,6 +102,7 @@ class Saver:
     ) -> None:
         try:
             if copied is not None:
+                torch.cuda.set_device(copied.device)  # a thread starts on the first, where every rank's would take room
                 copied.synchronize()
             save(target, tensors, manifest, self._group)
             after()
@@ -108,3 +111,18 @@ class Saver:
             self._on_failure(str(error))
         except BaseException as error:
             self._error = error
+
+
+def host_memory(like: Tensor) -> Tensor:
+    """Memory on the host for a tensor like this one, page-locked if that is on a GPU.
+
+    PyTorch's own page-locked memory comes in powers of two: a copy of Aria would take nearly twice its size.
+    """
+    if not like.is_cuda or not like.numel():
+        return torch.empty_like(like, device="cpu")
+    pages = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shares no page with anything
+    memory = torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
+    cuda = torch.cuda.cudart()
+    torch.cuda.check_error(int(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 1)))  # 1: portable
+    weakref.finalize(memory, cuda.cudaHostUnregister, memory.data_ptr())
+    return memory

@@ -30,6 +30,9 @@ from aria_train.parallel.checkpoint.storage import (
 from aria_train.parallel.collectives import gather_objects
 
 WRITING = ".writing"
+_COPY_AHEAD = 0
+"""Bytes that DCP copies from a GPU while it writes. What is saved is on the host already; with more, its thread would
+wait for the training's stream again and again."""
 
 
 class SaveFailed(CheckpointError):
@@ -119,8 +122,8 @@ def _writer(folder: Folder) -> dcp.FileSystemWriter:
     if isinstance(folder, RemotePath):
         from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter  # slow to import
 
-        return FsspecWriter(folder.url, sync_files=False)
-    return dcp.FileSystemWriter(folder, sync_files=True)
+        return FsspecWriter(folder.url, sync_files=False, per_thread_copy_ahead=_COPY_AHEAD)
+    return dcp.FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=_COPY_AHEAD)
 
 
 def _publish(writing: Folder, target: Folder, manifest: Manifest) -> None:
