@@ -78,29 +78,39 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="a toy model, to try the benchmark itself")
     arguments = parser.parse_args()
+    if arguments.turns < 2:
+        parser.error("--turns must be at least 2, for a median and its spread")
     if not torch.cuda.is_available() and not arguments.tiny:
         parser.exit(2, "make bench-gpu: no GPU here. --tiny tries the benchmark with a toy model on the CPU.\n")
     tiny, turns = arguments.tiny, arguments.turns
     device = pick_device("auto")
     init_process_group(device)
-    ceiling = gemm_ceiling(torch.bfloat16, 512 if tiny else 8192)
-    facts = machine() | {"gemm_bf16_tflops": round(ceiling / 1e12, 1)}
+    ceiling = gemm_ceiling(torch.bfloat16, 512 if tiny else 8192, device=device)
+    facts = machine(device) | {"gemm_bf16_tflops": round(ceiling / 1e12, 1)}
     print(in_words(facts), flush=True)
 
     both = Size(1 if tiny else 4, 64 if tiny else 8192, tiny=tiny)
     chosen = ways(device)
+    most = replace(both, layers=2 if tiny else MOST_LAYERS, micro_batch=2)
+    long = {"tokens": 256 if tiny else 65536, "windows": 1, "micro_batch": 1, "recompute": "full"}
     rows: list[Row] = []
-    for size in [replace(both, **way) for way in chosen]:
-        rows.append(fitting(size, lambda size: side_by_side(size, device, turns, ceiling)))
-        show(rows[-1:])
-    most = Size(2 if tiny else MOST_LAYERS, 64 if tiny else 8192, micro_batch=2, tiny=tiny)
-    long = replace(most, tokens=256 if tiny else 65536, windows=1, micro_batch=1, recompute="full")
     by_itself: list[dict[str, Any]] = []
-    for size in [*(replace(most, **way) for way in chosen), long]:
-        by_itself.append(fitting(size, lambda size: alone(size, device, turns, ceiling)))
-        print(in_words(by_itself[-1]), flush=True)
-    if not tiny:
-        write(rows, facts, "make bench-gpu", ours_alone=by_itself)
+
+    def keep() -> None:
+        """What there is so far: the rest may meet an error."""
+        if not tiny:
+            write(rows, facts, "make bench-gpu", ours_alone=by_itself)
+
+    for way in chosen:
+        row, both = fitting(replace(both, **way), lambda size: side_by_side(size, device, turns, ceiling))
+        rows.append(row)
+        show([row])
+        keep()
+    for way in [*chosen, long | {"compile": False, "fp8": False}]:
+        figures, most = fitting(replace(most, **way), lambda size: alone(size, device, turns, ceiling))
+        by_itself.append(figures)
+        print(in_words(figures), flush=True)
+        keep()
     dist.destroy_process_group()
 
 
@@ -115,13 +125,15 @@ def ways(device: torch.device) -> list[dict[str, Any]]:
     return found
 
 
-def fitting(size: Size, measure: Callable[[Size], Measured]) -> Measured:
-    """What is measured with the most layers that fit, up to those of `size`."""
+def fitting(size: Size, measure: Callable[[Size], Measured]) -> tuple[Measured, Size]:
+    """What is measured with the most layers that fit, up to those of `size`; and the size with as many."""
     while True:
         clean()
         try:
-            return measure(size)
-        except torch.OutOfMemoryError as error:
+            return measure(size), size
+        except RuntimeError as error:  # libraries that find no memory for themselves do not raise OutOfMemoryError
+            if "out of memory" not in str(error).lower() and "alloc" not in str(error).lower():
+                raise
             if size.layers == 1:
                 sys.exit(f"make bench-gpu: not even one layer fits this GPU ({size}): {error}")
             size = replace(size, layers=size.layers - 1 if size.layers <= 8 else size.layers // 2)

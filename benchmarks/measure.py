@@ -22,6 +22,7 @@ import torch
 from aria_train.kernels import multiplies_bf16
 
 Run = Callable[[], object]
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -108,9 +109,8 @@ def seconds_of(run: Run) -> float:
     return time.perf_counter() - began
 
 
-def gemm_ceiling(dtype: torch.dtype, size: int = 2048, turns: int = 7) -> float:
-    """FLOP/s of one large square matrix product, the most this machine was seen to do: the best of some."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def gemm_ceiling(dtype: torch.dtype, size: int = 2048, turns: int = 7, device: torch.device = CPU) -> float:
+    """FLOP/s of one large square matrix product, the most this device was seen to do: the best of some."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     torch.mm(a, b)
     return 2 * size**3 / min(seconds_of(lambda: torch.mm(a, b)) for _ in range(turns))
@@ -123,7 +123,7 @@ def gemm_ceilings() -> dict[str, float]:
 
 def precisions() -> list[str]:
     """Those that the machine has instructions for; without them a step would take minutes."""
-    if torch.cuda.is_available() or multiplies_bf16():
+    if multiplies_bf16():
         return list(DTYPES)
     print("bf16 is left out: this CPU has no instructions for it", flush=True)
     return ["fp32"]

@@ -38,6 +38,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.suites) - set(SUITES):
         parser.error(f"no suite {', '.join(sorted(unknown))}: there are {', '.join(SUITES)}")
+    if arguments.turns < 2:
+        parser.error("--turns must be at least 2, for a median and its spread")
     torch.set_num_threads(arguments.threads)
 
     ceilings = gemm_ceilings()

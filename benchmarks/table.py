@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import Comparison
+from benchmarks.measure import CPU, Comparison
 from benchmarks.page import fill_or_add
 
 RESULTS = Path("benchmarks/results")
@@ -64,16 +64,16 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
-def machine() -> dict[str, Any]:
-    """What was measured on."""
+def machine(device: torch.device = CPU) -> dict[str, Any]:
+    """What was measured on: the machine, and its GPU if that is the device."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
             model = line.partition(":")[2].strip()
             break
     facts = {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
 
 

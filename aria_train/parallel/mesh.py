@@ -61,6 +61,9 @@ def init_process_group(device: torch.device) -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            # What experts receive differs from step to step, and blocks of fixed sizes would fall into pieces.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     else:
         share_cores()

@@ -1,7 +1,8 @@
 """`aria-train train CONFIG --replay-step N`: takes one step of a run again, looking closely, and changes nothing.
 
-The run is retraced from the newest checkpoint before the step, at the same layout bit by bit, so a step that was
-skipped is skipped again for the same reason; and each window of its batch is looked at by itself.
+The run is retraced from the newest checkpoint before the step, at the same layout bit by bit (on a GPU but for the
+order in which attention adds gradients up), so a step that was skipped is skipped again for the same reason; and each
+window of its batch is looked at by itself.
 """
 
 from __future__ import annotations
