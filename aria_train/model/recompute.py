@@ -12,7 +12,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -33,7 +38,15 @@ _DEAR = frozenset(
         "torch_attn::_varlen_attn",
         "_c10d_functional::all_to_all_single",
         "aria_train::all_to_all",
+        "aria_train::to_host",
     }
+)
+
+
+# FSDP2 names what it does for the profiler: more or less of it when a layer is computed again, which PyTorch would take
+# for another computation.
+SAC_IGNORED_OPS.update(
+    {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
 )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aria_train import kernels
 from aria_train.kernels import routing
-from aria_train.parallel.exchange import Exchange
+from aria_train.parallel.exchange import Exchange, to_host
 
 
 @dataclass
@@ -79,7 +79,7 @@ class AllToAllDispatcher:
         order_R, home_R = sort_by_expert(experts_TK, counts_E.shape[0])
         rows_RH = _Replicate.apply(x_TH, order_R, home_R, experts_TK.shape[1])
         receiving_PE = self.exchange.wait(counting)
-        sent, received = torch.stack([sending_PE.sum(1), receiving_PE.sum(1)]).tolist()
+        sent, received = to_host(torch.stack([sending_PE.sum(1), receiving_PE.sum(1)])).tolist()
 
         journey = Journey(self.exchange, sent, received)
         moving_RH = journey.leave(rows_RH)

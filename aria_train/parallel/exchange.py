@@ -50,6 +50,18 @@ class Exchange:
         return cast(Tensor, torch.ops._c10d_functional.wait_tensor(moving))
 
 
+@torch.library.custom_op("aria_train::to_host", mutates_args=())
+def to_host(numbers: Tensor) -> Tensor:
+    """A copy on the host, which waits for the device. An operator, so that selective recomputation keeps it and does
+    not wait again."""
+    return numbers.to("cpu", copy=True)
+
+
+@to_host.register_fake
+def _(numbers: Tensor) -> Tensor:
+    return torch.empty_like(numbers, device="cpu")
+
+
 torch.library.define("aria_train::all_to_all", "(Tensor rows, SymInt[] sent, SymInt[] received, int memory) -> Tensor")
 
 
