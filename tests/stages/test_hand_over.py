@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from aria_train.cli import main
 from aria_train.config import RunConfig
 from aria_train.errors import CheckpointError, ConfigError
 from aria_train.model import AriaModel
@@ -123,6 +125,15 @@ def test_the_schedule_is_geometric_over_tokens(config: RunConfig) -> None:
     assert config.rope_base_at(0) == config.model.rope_base
     with pytest.raises(ValueError, match="rope_from and rope_tokens go together"):
         with_values(config, schedule={"rope_from": 1e5})
+
+
+def test_an_export_has_the_base_that_the_weights_stand_at(config: RunConfig, tmp_path: Path) -> None:
+    ramp = {"rope_from": 1e5, "rope_tokens": 10 * config.tokens_per_step}
+    train(with_values(config, model={"rope_base": 5e6}, schedule=ramp))
+    assert main(["export", config.train.run_dir, str(tmp_path / "hf")]) == 0
+    exported = json.loads((tmp_path / "hf" / "config.json").read_text())
+    text = exported.get("text_config", exported)
+    assert text["rope_theta"] == pytest.approx(1e5 * 50**0.3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
