@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aria_train.config import NeedleConfig, RunConfig
+from aria_train.data.loader import open_validation
 from aria_train.data.multimodal.store import META
 from aria_train.data.text.needles import Haystack
 from aria_train.errors import ConfigError, DataError
@@ -51,6 +52,9 @@ class Probes:
             self._questions = read_questions(asked.answers, self._writer)
         if asked.experts:
             check_experts(config)
+        evaluates = config.train.eval_interval_steps or asked.interval_steps
+        self.sources = open_validation(config) if evaluates else None
+        """The held-out corpora, opened once for all evaluations of the run."""
         report = self._report_folder
         if report.exists() and not report.is_dir():
             raise ConfigError(f"{report} is in the way: evaluations write their reports into a folder of this name.")
@@ -69,7 +73,7 @@ class Probes:
             drawing = answer_drawing(self._questions, answers, self._title(step))
             self._write("answers", step, answers.as_json(), drawing)
         if self.config.evaluation.experts:
-            use = count_expert_use(model, self.config, self.meshes, advance)
+            use = count_expert_use(model, self.config, self.meshes, advance, self.sources)
             figures |= expert_figures(use)
             self._write("experts", step, use.as_json(), expert_drawing(use, self._title(step)))
         return figures

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from aria_train.config import RunConfig
+from aria_train.config import RunConfig, SourceConfig
+from aria_train.data import loader
+from aria_train.data.text.corpus import open_source
+from aria_train.data.window import Source
 from aria_train.errors import ConfigError, DataError, UserError
 from aria_train.eval.probes import Probes, write_report
 from tests.distributed import run_distributed
@@ -150,6 +153,25 @@ def test_a_report_that_cannot_be_written_ends_nothing(
     assert write_report(tmp_path / "more", "a", {"loss": [1.0, math.inf]}, draw) == [str(tmp_path / "more" / "a.json")]
     assert json.loads((tmp_path / "more" / "a.json").read_text()) == {"loss": [1.0, None]}
     assert "a.png is not drawn: ValueError: too large" in capsys.readouterr().err
+
+
+def test_held_out_corpora_are_opened_once_for_all_evaluations(
+    corpora: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from aria_train.parallel.job import orderly_end
+    from aria_train.train.trainer import Trainer
+
+    opened: list[str] = []
+
+    def open_noted(source: SourceConfig, config: RunConfig) -> Source:
+        opened.append(source.name)
+        return open_source(source, config)
+
+    monkeypatch.setattr(loader, "open_source", open_noted)
+    with orderly_end():
+        Trainer(run_config(corpora, tmp_path, evaluation={"interval_steps": 1})).run()
+    assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 3
+    assert opened == ["text", "pictures"] * 2, "for training, then for evaluating"
 
 
 def test_a_visual_needle_without_questions_is_refused_with_the_configuration(tmp_path: Path):
