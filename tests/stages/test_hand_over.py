@@ -16,6 +16,7 @@ from aria_train.cli import main
 from aria_train.config import RunConfig
 from aria_train.errors import CheckpointError, ConfigError
 from aria_train.model import AriaModel
+from aria_train.parallel import checkpoint
 from aria_train.parallel.job import orderly_end
 from aria_train.stages.curriculum import train_stage
 from aria_train.train.trainer import Trainer
@@ -96,6 +97,26 @@ def test_moments_need_a_checkpoint_that_has_them(config: RunConfig) -> None:
     stripped = second(config, train={"lora": {"rank": 4}}, checkpoint={"init_optimizer": True})
     with pytest.raises(CheckpointError, match="holds no optimizer moments of what this run trains"):
         train(stripped)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_run_directory_stands_for_the_checkpoints_that_its_run_keeps_elsewhere(
+    config: RunConfig, tmp_path: Path, scheme: str
+) -> None:
+    train(with_values(config, checkpoint={"storage": f"{scheme}{tmp_path / 'store'}"}, train={"max_steps": 1}))
+    assert not (tmp_path / "first" / "checkpoints").exists()
+    newest = checkpoint.resolve(str(tmp_path / "first"))
+    assert str(newest) == f"{scheme}{tmp_path / 'store' / 'checkpoints' / 'step_00000001'}"
+    assert checkpoint.resolve(tmp_path / "first").name == newest.name
+    follower = second(config, train={"max_steps": 1})
+    train(follower)
+    assert len(read_steps(follower.train.run_dir)) == 1
+    assert main(["eval", "loss", str(tmp_path / "first"), "--data", f"text={tmp_path / 'text'}"]) == 0
+    assert (tmp_path / "first" / "report" / "loss_step_00000001.json").is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
