@@ -146,6 +146,7 @@ def test_generate_from_images_and_text(run: Path, capsys: pytest.CaptureFixture[
         (("--prompt", "a", "--temperature", "inf"), "--temperature inf: must be 0"),
         (("--prompt", "a", "--seed", 10**26), f"--seed {10**26}: must be 0 or more and below 2^63"),
         (("--prompt", "caf\udce9"), "--prompt is not valid UTF-8"),
+        (("--prompt", "a", "--tokenizer", "caf\udce9"), "caf\\udce9: no such tokenizer folder"),
         (("--prompt", "a", "--top-p", 0), "--top-p 0.0: must be above 0"),
         (("--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens 0: must be 1 or more"),
         (("--prompt", "fox " * 600), "model.max_positions"),
