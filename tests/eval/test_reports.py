@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from aria_train.cli import main
+from aria_train.cli import main, parse
+from aria_train.errors import DataError
 from tests.eval.small import (
     MODEL,
     chat_corpus,
@@ -146,7 +147,6 @@ def test_generate_from_images_and_text(run: Path, capsys: pytest.CaptureFixture[
         (("--prompt", "a", "--temperature", "inf"), "--temperature inf: must be 0"),
         (("--prompt", "a", "--seed", 10**26), f"--seed {10**26}: must be 0 or more and below 2^63"),
         (("--prompt", "caf\udce9"), "--prompt is not valid UTF-8"),
-        (("--prompt", "a", "--tokenizer", "caf\udce9"), "caf\\udce9: no such tokenizer folder"),
         (("--prompt", "a", "--top-p", 0), "--top-p 0.0: must be above 0"),
         (("--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens 0: must be 1 or more"),
         (("--prompt", "fox " * 600), "model.max_positions"),
@@ -155,6 +155,12 @@ def test_generate_from_images_and_text(run: Path, capsys: pytest.CaptureFixture[
 )
 def test_what_cannot_be_generated_from(run: Path, capsys: pytest.CaptureFixture[str], arguments: Any, message: str):
     assert message in refused(capsys, "generate", run, *arguments)
+
+
+def test_a_path_that_is_no_text_is_refused_like_any_other(run: Path):
+    args = parse(["generate", str(run), "--prompt", "a", "--tokenizer", "caf\udce9"])
+    with pytest.raises(DataError, match="no such tokenizer folder"):
+        args.run(args)
 
 
 @pytest.mark.parametrize(
