@@ -99,6 +99,6 @@ def with_values(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 def read_steps(run_dir: Path | str) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` without what depends on the clock and the machine."""
     lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    machine = ("tokens_per_second", "step_seconds", "memory_gib", "mfu")
+    machine = ("tokens_per_second", "step_seconds", "memory_gib")
     machine += ("straggler", "straggler_in", "straggler_times_median")
     return [{key: value for key, value in json.loads(line).items() if key not in machine} for line in lines]

@@ -139,16 +139,22 @@ class Loader:
         self.close()
 
 
-def validation_batches(config: RunConfig, rank: int = 0, world_size: int = 1) -> Iterator[MicroBatch]:
+def open_validation(config: RunConfig) -> list[Source]:
+    """The sources of `data.validation`, alike for every train.seed, so that losses of different runs compare."""
+    fixed = config.model_copy(update={"train": config.train.model_copy(update={"seed": 0})})
+    return [open_source(source, fixed) for source in config.data.validation]
+
+
+def validation_batches(
+    config: RunConfig, rank: int = 0, world_size: int = 1, sources: Sequence[Source] | None = None
+) -> Iterator[MicroBatch]:
     """The first `train.eval_windows` windows (or all, if fewer) of each source of `data.validation`, in a fixed
     shuffled order: this rank's share of them, at most `train.micro_batch_size` per batch.
 
     A batch holds one source's windows, and `source_ids` index `data.validation`. Ranks may get different numbers of
-    batches, or none. The windows do not depend on train.seed, so losses of runs with different seeds compare.
+    batches, or none. `sources`: what `open_validation` gave, for those who come again; None: they are opened now.
     """
-    fixed = config.model_copy(update={"train": config.train.model_copy(update={"seed": 0})})
-    for which, source_config in enumerate(config.data.validation):
-        source = open_source(source_config, fixed)
+    for which, source in enumerate(open_validation(config) if sources is None else sources):
         mine = range(rank, min(config.train.eval_windows, source.num_windows), world_size)
         for at in range(0, len(mine), config.train.micro_batch_size):
             batch = mine[at : at + config.train.micro_batch_size]

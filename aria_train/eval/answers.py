@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aria_train.config import ModelConfig
+from aria_train.data.multimodal.corpus import check_fits
 from aria_train.data.multimodal.formats import BadRecord, Encoder, Recipe
 from aria_train.data.multimodal.store import META, Reader, Sample
 from aria_train.data.prepare.multimodal_inputs import read_records, split_into_units
@@ -81,9 +83,10 @@ def answer_questions(
 def read_questions(path: str | Path, writer: PromptWriter, limit: int | None = None) -> list[Prompt]:
     """The last question of every conversation of a prepared multimodal folder, or of a file of such records.
 
-    Raises DataError where there is none, and for a record of a file that cannot be used.
+    Raises DataError where there is none, for a folder that was not prepared for the model, and for a record of a file
+    that cannot be used.
     """
-    samples = _prepared(Path(path)) if (Path(path) / META).is_file() else _records(str(path), writer)
+    samples = read_samples(path, writer.model) if (Path(path) / META).is_file() else _records(str(path), writer)
     prompts: list[Prompt] = []
     for sample in samples:
         if limit is not None and len(prompts) >= limit:
@@ -96,13 +99,10 @@ def read_questions(path: str | Path, writer: PromptWriter, limit: int | None = N
     return prompts
 
 
-def read_samples(folder: str | Path) -> Iterator[Sample]:
-    """All samples of a prepared multimodal folder."""
-    return _prepared(Path(folder))
-
-
-def _prepared(folder: Path) -> Iterator[Sample]:
-    reader = Reader(folder)
+def read_samples(folder: str | Path, model: ModelConfig) -> Iterator[Sample]:
+    """All samples of a prepared multimodal folder. Raises DataError if it was not prepared for the model."""
+    reader = Reader(Path(folder))
+    check_fits(reader, model)
     return (reader.sample(row) for row in range(len(reader)))
 
 

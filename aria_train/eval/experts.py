@@ -10,7 +10,7 @@ Shape legend: S sources, L layers, E experts, T tokens, K experts per token.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from aria_train.batch import MicroBatch
 from aria_train.config import RunConfig
+from aria_train.data.window import Source
 from aria_train.eval.loss import held_out_batches
 from aria_train.eval.progress import Advance, no_progress
 from aria_train.model import AriaModel
@@ -76,15 +77,24 @@ class ExpertUse:
 
 
 @torch.no_grad()
-def count_expert_use(model: AriaModel, config: RunConfig, meshes: Meshes, advance: Advance = no_progress) -> ExpertUse:
-    """Counts the routers' choices over `train.eval_windows` windows of each source of `data.validation`. Collective."""
+def count_expert_use(
+    model: AriaModel,
+    config: RunConfig,
+    meshes: Meshes,
+    advance: Advance = no_progress,
+    sources: Sequence[Source] | None = None,
+) -> ExpertUse:
+    """Counts the routers' choices over `train.eval_windows` windows of each source of `data.validation`. Collective.
+
+    `sources`: those of `data.validation`, where they are open already.
+    """
     names = [source.name for source in config.data.validation]
     size = (len(names), 2, config.model.num_layers, config.model.num_experts)
     choices = torch.zeros(size, dtype=torch.float64, device=meshes.device)
     tokens = torch.zeros(size[:2], dtype=torch.float64, device=meshes.device)
     model.eval()
     with recorded_choices(model) as recorded:
-        for batch in held_out_batches(config, meshes):
+        for batch in held_out_batches(config, meshes, sources):
             nowhere = batch.labels.new_empty(0)
             model.target_logits(dataclasses.replace(batch, target_positions=nowhere))
             kinds = (batch.token_ids == config.model.image_token_id).long()

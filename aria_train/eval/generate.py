@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aria_train.batch import MicroBatch
+from aria_train.errors import CheckpointError
 from aria_train.eval.prompts import Prompt, pack_prompts
 from aria_train.model import AriaModel
 from aria_train.model.cache import Cache
@@ -92,10 +93,17 @@ def next_tokens(tokens: Tensor) -> MicroBatch:
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token, int64 [], from logits [V]."""
+    """One token, int64 [], from logits [V]. Raises CheckpointError for logits that are not finite."""
+    if not logits.isfinite().all():
+        raise CheckpointError(
+            "what the model says is not finite: the training that wrote this checkpoint diverged before. Use an "
+            "earlier checkpoint."
+        )
     if temperature <= 0:
         return logits.argmax()
-    probs, order = (logits / temperature).softmax(-1).sort(descending=True)
+    # The likeliest is set to 0 before the division, so that no temperature makes anything but the others infinite.
+    scaled = (logits - logits.max()) / max(temperature, torch.finfo(logits.dtype).tiny)
+    probs, order = scaled.softmax(-1).sort(descending=True)
     # A token stays while the ones before it have not filled top_p; the likeliest always stays.
     stays = probs.cumsum(-1) - probs < top_p
     stays[0] = True

@@ -39,7 +39,7 @@ class Loaded:
     @property
     def report_folder(self) -> Path:
         """`report/` of the run directory, or beside a checkpoint that is not in one."""
-        if not isinstance(self.folder, Path):
+        if not isinstance(self.folder, Path) or self.config.checkpoint.storage is not None:
             return Path(self.config.train.run_dir) / "report"
         home = self.folder.absolute().parent
         return (home.parent if home.name == "checkpoints" else home) / "report"

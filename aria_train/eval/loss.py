@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from aria_train.batch import MicroBatch
 from aria_train.config import RunConfig
 from aria_train.data.loader import validation_batches
+from aria_train.data.window import Source
 from aria_train.eval.progress import Advance, no_progress
 from aria_train.model import AriaModel
 from aria_train.parallel.collectives import all_ranks, sum_over_ranks
@@ -20,18 +21,25 @@ from aria_train.parallel.shard import release_parameters
 
 @torch.no_grad()
 def evaluate_loss(
-    model: AriaModel, config: RunConfig, meshes: Meshes, advance: Advance = no_progress
+    model: AriaModel,
+    config: RunConfig,
+    meshes: Meshes,
+    advance: Advance = no_progress,
+    sources: Sequence[Source] | None = None,
 ) -> dict[str, float]:
-    """`loss` over all held-out targets and `loss/<source>` of each source, in nats per target token. Collective."""
+    """`loss` over all held-out targets and `loss/<source>` of each source, in nats per target token. Collective.
+
+    `sources`: those of `data.validation`, where they are open already.
+    """
     names = [source.name for source in config.data.validation]
     losses = torch.zeros(len(names), dtype=torch.float64, device=meshes.device)
     targets = torch.zeros_like(losses)
     model.eval()
-    for batch in held_out_batches(config, meshes):
+    for batch in held_out_batches(config, meshes, sources):
         token_losses: Tensor = model(batch).token_losses.double()
-        sources = batch.source_of_target()
-        losses.index_add_(0, sources, token_losses)
-        targets.index_add_(0, sources, torch.ones_like(token_losses))
+        source_ids = batch.source_of_target()
+        losses.index_add_(0, source_ids, token_losses)
+        targets.index_add_(0, source_ids, torch.ones_like(token_losses))
         advance(1)
     release_parameters(model)
     sums = sum_over_ranks({"losses": losses, "targets": targets}, meshes.device)
@@ -41,13 +49,15 @@ def evaluate_loss(
     return result
 
 
-def held_out_batches(config: RunConfig, meshes: Meshes) -> Iterator[MicroBatch]:
+def held_out_batches(
+    config: RunConfig, meshes: Meshes, sources: Sequence[Source] | None = None
+) -> Iterator[MicroBatch]:
     """This rank's share of the windows of `data.validation`, on its device; `source_ids` index the sources.
 
     Ranks run the same number of forward passes, because experts may live elsewhere: one that has run out of windows
     gets empty micro-batches until all have. Collective.
     """
-    batches = iter(validation_batches(config, meshes.rank, meshes.world_size))
+    batches = iter(validation_batches(config, meshes.rank, meshes.world_size, sources))
     for _ in itertools.count():
         batch = next(batches, None)
         if all_ranks(batch is None, meshes.device):

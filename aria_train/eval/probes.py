@@ -6,6 +6,7 @@ Figures go to `evaluations.jsonl`; whole results and pictures to the run directo
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aria_train.config import NeedleConfig, RunConfig
+from aria_train.data.loader import open_validation
 from aria_train.data.multimodal.store import META
 from aria_train.data.text.needles import Haystack
 from aria_train.errors import ConfigError, DataError
@@ -21,7 +23,7 @@ from aria_train.eval.experts import VISUAL_ABOVE, ExpertUse, count_expert_use
 from aria_train.eval.needle import Grid, NeedleResult, Needles, TextNeedles, VisualNeedles, default_lengths, even_depths
 from aria_train.eval.needle import run_needles as run_grid
 from aria_train.eval.progress import Advance, no_progress
-from aria_train.eval.prompts import Picture, Prompt, PromptWriter
+from aria_train.eval.prompts import Picture, Prompt, PromptWriter, check_vocabulary
 from aria_train.model import AriaModel
 from aria_train.parallel.mesh import Meshes
 
@@ -48,8 +50,14 @@ class Probes:
                 raise ConfigError("evaluation.answers compares words, but data.tokenizer names no tokenizer.")
             self._writer = PromptWriter(config.data.tokenizer, config.model)
             self._questions = read_questions(asked.answers, self._writer)
-        if asked.experts and not config.data.validation:
-            raise ConfigError("evaluation.experts counts over data.validation, which names no source.")
+        if asked.experts:
+            check_experts(config)
+        evaluates = config.train.eval_interval_steps or asked.interval_steps
+        self.sources = open_validation(config) if evaluates else None
+        """The held-out corpora, opened once for all evaluations of the run."""
+        report = self._report_folder
+        if report.exists() and not report.is_dir():
+            raise ConfigError(f"{report} is in the way: evaluations write their reports into a folder of this name.")
 
     def run(self, model: AriaModel, step: int, advance: Advance = no_progress) -> dict[str, float]:
         """Figures by name, the same on every rank; rank 0 writes the reports. Collective."""
@@ -65,17 +73,21 @@ class Probes:
             drawing = answer_drawing(self._questions, answers, self._title(step))
             self._write("answers", step, answers.as_json(), drawing)
         if self.config.evaluation.experts:
-            use = count_expert_use(model, self.config, self.meshes, advance)
+            use = count_expert_use(model, self.config, self.meshes, advance, self.sources)
             figures |= expert_figures(use)
             self._write("experts", step, use.as_json(), expert_drawing(use, self._title(step)))
         return figures
+
+    @property
+    def _report_folder(self) -> Path:
+        return Path(self.config.train.run_dir) / "report"
 
     def _title(self, step: int) -> str:
         return f"{self.config.stage}, step {step:,}"
 
     def _write(self, name: str, step: int, result: dict[str, Any], draw: Callable[[Path], None] | None) -> None:
         if self.meshes.rank == 0:
-            write_report(Path(self.config.train.run_dir) / "report", f"{name}_step_{step:08d}", result, draw)
+            write_report(self._report_folder, f"{name}_step_{step:08d}", result, draw)
 
 
 def batch_tokens(config: RunConfig) -> int:
@@ -99,7 +111,9 @@ def open_text_needles(needle: NeedleConfig, config: RunConfig) -> TextNeedles:
     if config.data.tokenizer is None:
         raise ConfigError("needles are written with a tokenizer, but data.tokenizer names none.")
     path = needle.haystack or _first_source(config, multimodal=False)
-    return TextNeedles(Haystack(path, config.data.tokenizer))
+    haystack = Haystack(path, config.data.tokenizer)
+    check_vocabulary(haystack.tokenizer, config.data.tokenizer, config.model)
+    return TextNeedles(haystack)
 
 
 def open_visual_needles(needle: NeedleConfig, config: RunConfig) -> VisualNeedles:
@@ -116,13 +130,24 @@ def open_visual_needles(needle: NeedleConfig, config: RunConfig) -> VisualNeedle
         raise DataError(f"{needle.questions}: holds no question about an image.")
     haystack = needle.haystack or _first_source(config, multimodal=True, but=needle.questions)
     pictures: list[Picture] = []
-    for sample in read_samples(haystack):
+    for sample in read_samples(haystack, config.model):
         pictures += [Picture(data, place.layout) for data, place in zip(sample.images, sample.placements, strict=True)]
         if len(pictures) >= _MOST_PICTURES:
             break
     if not pictures:
         raise DataError(f"{haystack}: holds no image to hide a needle among.")
     return VisualNeedles(questions, pictures, writer)
+
+
+def check_experts(config: RunConfig) -> None:
+    """Raises ConfigError where there is nothing to compare experts by."""
+    if config.model.vision is None:
+        raise ConfigError(
+            "the map of experts (evaluation.experts) compares visual tokens with text tokens, but model.vision is "
+            "null: this model reads text only. Leave it out."
+        )
+    if not config.data.validation:
+        raise ConfigError("evaluation.experts counts over data.validation, which names no source.")
 
 
 def _first_source(config: RunConfig, multimodal: bool, but: str | None = None) -> str:
@@ -157,7 +182,10 @@ def needle_drawing(result: NeedleResult, title: str) -> Callable[[Path], None]:
     return lambda path: draw_needles(path, result, f"{result.name.capitalize()} needle in a haystack: {title}")
 
 
-def expert_drawing(use: ExpertUse, title: str) -> Callable[[Path], None]:
+def expert_drawing(use: ExpertUse, title: str) -> Callable[[Path], None] | None:
+    """What draws the map; None where no source has an image."""
+    if not use.domains():
+        return None
     from aria_train.eval.figures import draw_experts
 
     return lambda path: draw_experts(path, use, f"Which experts see: {title}")
@@ -175,12 +203,19 @@ def answer_drawing(prompts: Sequence[Prompt], result: AnswerResult, title: str) 
 
 
 def write_report(folder: Path, stem: str, result: dict[str, Any], draw: Callable[[Path], None] | None) -> list[str]:
-    """Writes STEM.json and, where matplotlib is installed, STEM.png; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes STEM.json and, where matplotlib is installed, STEM.png; returns the paths of what was written.
+
+    What cannot be written is said on stderr: a report never ends what it reports on.
+    """
     file, picture = folder / f"{stem}.json", folder / f"{stem}.png"
     aside = file.with_suffix(".json.new")
-    aside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(finite(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(aside, file)
+    except OSError as error:
+        print(f"{file} is not written: {error.strerror or error}", file=sys.stderr)
+        return []
     if draw is None:
         return [str(file)]
     try:
@@ -188,4 +223,16 @@ def write_report(folder: Path, stem: str, result: dict[str, Any], draw: Callable
     except ImportError as error:
         print(f"{picture} is not drawn: {error}. pip install matplotlib", file=sys.stderr)
         return [str(file)]
+    except Exception as error:  # Drawing can fail in any way.
+        print(f"{picture} is not drawn: {type(error).__name__}: {error}", file=sys.stderr)
+        return [str(file)]
     return [str(file), str(picture)]
+
+
+def finite(value: Any) -> Any:
+    """A result for JSON, which has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

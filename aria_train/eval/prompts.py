@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 
 from aria_train.batch import IGNORE_LABEL, MicroBatch
 from aria_train.config import ModelConfig, VisionConfig
@@ -75,6 +76,7 @@ class PromptWriter:
         """`image_size`: size class of every image; None: the smallest that holds it."""
         self.folder, self.model, self.image_size = tokenizer, model, image_size
         self.tokenizer = load_tokenizer(tokenizer)
+        check_vocabulary(self.tokenizer, tokenizer, model)
         if image_size is not None and image_size not in self._vision.image_sizes:
             raise DataError(f"--image-size {image_size}: must be one of {sorted(self._vision.image_sizes)}.")
 
@@ -162,6 +164,16 @@ class PromptWriter:
         if self.model.vision is None:
             raise DataError("this model has no vision encoder: it reads text only. Leave the images out.")
         return self.model.vision
+
+
+def check_vocabulary(tokenizer: tokenizers.Tokenizer, folder: str | Path, model: ModelConfig) -> None:
+    """Raises DataError for a tokenizer of more tokens than the model has."""
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if size > model.vocab_size:
+        raise DataError(
+            f"{folder}: the tokenizer has {size:,} tokens, more than model.vocab_size {model.vocab_size:,}. Use the "
+            "tokenizer that the model's corpora were prepared with."
+        )
 
 
 def read_picture(path: str | Path) -> bytes:

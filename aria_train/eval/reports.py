@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +27,6 @@ from aria_train.eval.needle import run_needles
 from aria_train.eval.progress import progress_bar
 from aria_train.eval.prompts import PromptWriter
 from aria_train.parallel.job import orderly_end
-
-_SHEET_IMAGES = 64
-"""Images on a contact sheet at most."""
 
 
 def run_loss(args: argparse.Namespace) -> None:
@@ -66,6 +64,7 @@ def run_needle(args: argparse.Namespace) -> None:
 def run_experts(args: argparse.Namespace) -> None:
     """`aria-train eval experts`: which experts see and which read, by source."""
     with _evaluating(args) as (loaded, report):
+        probes.check_experts(loaded.config)
         with progress_bar("routing", most_batches(loaded.config, loaded.meshes), loaded.is_main) as advance:
             use = count_expert_use(loaded.model, loaded.config, loaded.meshes, advance)
         result = use.as_json()
@@ -81,6 +80,8 @@ def run_experts(args: argparse.Namespace) -> None:
 
 def run_answers(args: argparse.Namespace) -> None:
     """`aria-train eval answers`: exact-match accuracy on questions with known answers, and a contact sheet."""
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit {args.limit}: must be 1 or more.")
     with _evaluating(args) as (loaded, report):
         writer = PromptWriter(tokenizer_folder(args.tokenizer, loaded.config), loaded.config.model)
         prompts = read_questions(args.questions, writer, args.limit)
@@ -111,16 +112,29 @@ def _evaluating(args: argparse.Namespace) -> Iterator[tuple[Loaded, Report]]:
     with orderly_end():
         loaded = load_for_eval(args.checkpoint)
         loaded.config = _with_data(loaded.config, args)
+        folder = Path(args.output) if args.output else loaded.report_folder
+        if loaded.is_main:
+            _claim(folder)
 
         def report(name: str, result: dict[str, Any], draw: Callable[[Path], None] | None, lines: list[str]) -> None:
             if loaded.is_main:
-                folder = Path(args.output) if args.output else loaded.report_folder
-                result = {"checkpoint": str(loaded.folder), "step": loaded.step, **result}
+                result = probes.finite({"checkpoint": str(loaded.folder), "step": loaded.step, **result})
                 files = probes.write_report(folder, f"{name}_{loaded.folder.name}", result, draw)
                 print("\n".join([*lines, *files]))
                 print(json.dumps({**result, "files": files}, allow_nan=False), flush=True)
 
         yield loaded, report
+
+
+def _claim(folder: Path) -> None:
+    """Makes the folder of results and sees that files can be made in it, before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"results cannot be written to {folder}: {error.strerror or error}. Give another folder with --output."
+        ) from None
 
 
 def _with_data(config: RunConfig, args: argparse.Namespace) -> RunConfig:
@@ -129,9 +143,9 @@ def _with_data(config: RunConfig, args: argparse.Namespace) -> RunConfig:
     values = config.model_dump()
     if asked.get("data"):
         values["data"]["validation"] = [_source(text) for text in args.data]
-    if asked.get("windows"):
+    if asked.get("windows") is not None:
         values["train"]["eval_windows"] = args.windows
-    if asked.get("context_length"):
+    if asked.get("context_length") is not None:
         values["train"]["context_length"] = args.context_length
         values["train"]["micro_batch_size"] = values["train"]["global_batch_size"] = 1
     config = _validated(RunConfig, **values)
@@ -151,6 +165,7 @@ def _validated(kind: type[Any], **values: Any) -> Any:
         return kind.model_validate({key: value for key, value in values.items() if value is not None})
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(
-            f"{'.'.join(map(str, first['loc']))}: {first['input']!r:.80} given; {first['msg']}."
-        ) from None
+        reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        # What concerns several keys has no place, and all of them for a value.
+        given = f"{'.'.join(map(str, first['loc']))}: {first['input']!r:.80} given; " if first["loc"] else ""
+        raise ConfigError(f"{given}{reason}.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -52,10 +53,16 @@ def _check(args: argparse.Namespace) -> None:
     """Refuses options that cannot be meant, before a model is loaded."""
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {args.max_new_tokens}: must be 1 or more.")
-    if args.temperature < 0:
+    if not 0 <= args.temperature < math.inf:
         raise ConfigError(f"--temperature {args.temperature}: must be 0 (the likeliest token) or more.")
     if not 0 < args.top_p <= 1:
         raise ConfigError(f"--top-p {args.top_p}: must be above 0 and at most 1 (all tokens).")
+    if not 0 <= args.seed < 2**63:
+        raise ConfigError(f"--seed {args.seed}: must be 0 or more and below 2^63.")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("--prompt is not valid UTF-8 text; give it in that encoding.") from None
 
 
 def _check_length(prompt: Prompt, max_positions: int) -> None:

@@ -71,7 +71,8 @@ def _first_to_report(message: str) -> bool | None:
         return None
     store = dist.distributed_c10d._get_default_store()
     store.add(_REPORTED, 1)
-    return bool(store.add(f"{_REPORTED}/{zlib.crc32(message.encode())}", 1) == 1)
+    number = zlib.crc32(message.encode(errors="replace"))  # the paths in it may be no text
+    return bool(store.add(f"{_REPORTED}/{number}", 1) == 1)
 
 
 def _reported_elsewhere() -> bool:

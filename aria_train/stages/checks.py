@@ -22,6 +22,7 @@ from aria_train.data.text import tokenizer
 from aria_train.data.text.indexed import IndexedCorpus, strip_suffix
 from aria_train.data.views import open_reader
 from aria_train.errors import CheckpointError, ConfigError, DataError, UserError
+from aria_train.eval.probes import check_experts
 from aria_train.stages.stage import Stage, model_differences, stored_config
 from aria_train.train.state import check_resumable
 
@@ -46,6 +47,7 @@ def check(stages: Sequence[Stage]) -> Report:
     for stage in stages:
         report.absent += [f"{stage.name}: {sentence}" for sentence in _absent_weights(stage, stage is stages[0])]
         report.notes += [f"{stage.name}: {sentence}" for sentence in _rope_notes(stage)]
+        report.problems += [f"{stage.name}: {sentence}" for sentence in _evaluations(stage)]
     for before, stage in itertools.pairwise(stages):
         report.problems += [f"{stage.name}: {sentence}" for sentence in _hand_over(before, stage)]
         report.notes += [f"{stage.name}: {sentence}" for sentence in _context_notes(before, stage)]
@@ -114,6 +116,15 @@ def _rope_notes(stage: Stage) -> Iterator[str]:
             f"with model.rope_base {model.rope_base:,.0f} the slowest rotation repeats after {slowest:,.0f} tokens, "
             f"within the context of {context:,}"
         )
+
+
+def _evaluations(stage: Stage) -> Iterator[str]:
+    """Evaluations that a stage asks for and its model cannot have."""
+    if stage.config.evaluation.experts and not stage.is_finished:
+        try:
+            check_experts(stage.config)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _first_start(first: Stage) -> Iterator[str]:

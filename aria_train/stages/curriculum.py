@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -53,14 +54,23 @@ def train_stages(stages: Sequence[Stage], is_main: bool) -> None:
                 if stage.is_finished:
                     continue
                 if is_main:
-                    write_timeline(stages)
+                    _keep_timeline(stages)
                     print(f"\nstage {number} of {len(stages)}: {stage.name}", flush=True)
                 train_stage(stage.config)
         finally:
             if is_main:
-                write_timeline(stages)
+                _keep_timeline(stages)
     if is_main:
         print(f"\n{len(stages)} stages complete in {run_root(stages)}; their timeline: timeline.png, timeline.jsonl")
+
+
+def _keep_timeline(stages: Sequence[Stage]) -> None:
+    """Writes the timeline; whatever goes wrong with it is said, and training goes on."""
+    try:
+        write_timeline(stages)
+    except Exception as error:  # Drawing can fail in any way; the records that the timeline is made of are complete.
+        reason = f"{type(error).__name__}: {error}"
+        print(f"the timeline in {run_root(stages)} could not be written ({reason}); the stages go on", file=sys.stderr)
 
 
 def train_stage(config: RunConfig) -> None:

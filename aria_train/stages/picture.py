@@ -128,8 +128,9 @@ def _draw_loss(axes: Any, tracks: Sequence[Track], edges: list[float]) -> None:
         shown += smooth[np.isfinite(smooth)].tolist()
         smooth_end.append(float(smooth[-1]))
     axes.set_ylabel("loss\nnats per token")
-    low, high = min(shown), max(shown)
-    axes.set_ylim(max(0.0, low - 0.1 * (high - low)), high + 0.05 * (high - low) + 1e-6)
+    if shown:
+        low, high = min(shown), max(shown)
+        axes.set_ylim(max(0.0, low - 0.1 * (high - low)), high + 0.05 * (high - low) + 1e-6)
     axes.grid(axis="y", color=_RULE, linewidth=0.5)
     axes.plot([], [], color=_LOSS, linewidth=1.8, label="training")
     if any(track.evaluations for track in tracks):

@@ -27,7 +27,7 @@ class Track:
     steps: list[dict[str, Any]] = field(default_factory=list)
     """`stage, step, tokens, loss, lr, context_length, rope_base, mixture` of every optimizer step done."""
     evaluations: list[tuple[int, float]] = field(default_factory=list)
-    """(tokens, held-out loss)"""
+    """(tokens, held-out loss) of the evaluations that had held-out data, and gave a finite loss."""
 
 
 def write_timeline(stages: Sequence[Stage]) -> None:
@@ -70,7 +70,8 @@ def read_tracks(stages: Sequence[Stage]) -> list[Track]:
                 }
             )
         for line in read_metrics(stage.run_dir / "evaluations.jsonl"):
-            track.evaluations.append((first + line["tokens"], line["loss"]))
+            if line.get("loss") is not None:
+                track.evaluations.append((first + line["tokens"], line["loss"]))
         tracks.append(track)
         first = track.last_token
     return tracks

@@ -40,7 +40,9 @@ def run_import(args: argparse.Namespace) -> None:
 def run_export(args: argparse.Namespace) -> None:
     """The weights of a checkpoint become a Hugging Face folder that transformers loads."""
     folder = checkpoint.resolve(args.checkpoint)
-    config = RunConfig.model_validate(checkpoint.read_manifest(folder).config)
+    manifest = checkpoint.read_manifest(folder)
+    config = RunConfig.model_validate(manifest.config)
+    config.model.rope_base = config.rope_base_at(manifest.tokens)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     with (
         _progress(f"exporting {folder}", bytes_per_value=dtype.itemsize) as advance,

@@ -97,7 +97,6 @@ def facts(metrics: Mapping[str, Any]) -> list[str]:
         ("lr", "lr {:.2e}"),
         ("grad_norm", "grad norm {:.3f}"),
         ("tokens_per_second", "{} tokens/s"),
-        ("mfu", "MFU {:.1%}"),
     ):
         if metrics.get(name) is not None:
             value = metrics[name]

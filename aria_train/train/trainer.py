@@ -280,7 +280,9 @@ class Trainer:
 
         beat()
         state.model.rope_base = config.rope_base_at(state.step * config.tokens_per_step)
-        figures = evaluate_loss(state.model, config, self.meshes, beat) if config.data.validation else {}
+        figures = {}
+        if config.data.validation:
+            figures = evaluate_loss(state.model, config, self.meshes, beat, self.probes.sources)
         if probing:
             figures |= self.probes.run(state.model, state.step, beat)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())

@@ -13,7 +13,7 @@ import torch
 
 from aria_train.batch import MicroBatch
 from aria_train.config import RunConfig
-from aria_train.data.loader import Blend, Loader, pack_windows, validation_batches
+from aria_train.data.loader import Blend, Loader, open_validation, pack_windows, validation_batches
 from aria_train.data.window import Window
 from aria_train.errors import ConfigError, DataError
 from tests.data.corpora import END, random_documents, run_config, write_corpus
@@ -183,6 +183,13 @@ def test_validation_does_not_depend_on_the_seed_and_covers_each_source(config: R
     batches = list(validation_batches(config))
     assert [int(batch.source_ids[0]) for batch in batches] == [0] * 10 + [1] * 10
     assert all(len(batch.source_ids.unique()) == 1 for batch in batches)
+
+
+def test_validation_reads_sources_that_are_open_already(config: RunConfig) -> None:
+    config = with_train(config, eval_windows=10)
+    sources = open_validation(config)
+    assert documents(list(validation_batches(config, sources=sources))) == documents(list(validation_batches(config)))
+    assert not list(validation_batches(config, sources=[]))
 
 
 def test_validation_takes_all_windows_of_a_small_source(config: RunConfig) -> None:

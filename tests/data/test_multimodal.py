@@ -236,6 +236,15 @@ def test_long_conversations_are_left_out_and_counted(tmp_path, caplog):
     assert "201 tokens" in caplog.text
 
 
+def test_of_several_ranks_the_first_tells_what_is_left_out(tmp_path, caplog, monkeypatch):
+    fresh = itertools.count(100)
+    folder = write(tmp_path / "corpus", [make_sample([n], fresh) for n in (30, 200)], divisible=False)
+    monkeypatch.setenv("RANK", "1")
+    with caplog.at_level(logging.WARNING):
+        assert open_it(folder).left_out == 1
+    assert not caplog.text
+
+
 def test_nothing_fits_is_one_error(tmp_path):
     folder = write(tmp_path / "corpus", [make_sample([100], itertools.count(100))], divisible=False)
     with pytest.raises(DataError, match=r"none of its 1 samples fits a window of 64 tokens.*the longest has 101"):

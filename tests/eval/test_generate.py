@@ -122,6 +122,7 @@ def test_a_seed_fixes_the_sample_and_top_p_shuts_out_the_unlikely():
     generator = torch.Generator().manual_seed(0)
     assert {int(choose(logits, 1.0, 0.7, generator)) for _ in range(200)} == {1, 2}
     assert {int(choose(logits, 1.0, 1.0, generator)) for _ in range(200)} == {0, 1, 2, 3}
+    assert {int(choose(logits, 1e-320, 1.0, generator)) for _ in range(20)} == {1}, "next to no temperature"
 
 
 def test_characters_of_several_tokens_are_shown_whole(tmp_path: Path):

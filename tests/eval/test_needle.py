@@ -239,7 +239,7 @@ def visual(folder: Path) -> VisualNeedles:
     writer = PromptWriter(folder / "tokenizer", small_config(folder).model)
     pictures = [
         Picture(data, place.layout)
-        for sample in read_samples(folder / "pictures")
+        for sample in read_samples(folder / "pictures", writer.model)
         for data, place in zip(sample.images, sample.placements)
     ]
     return VisualNeedles(read_questions(folder / "questions", writer), pictures, writer)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aria_train.config import RunConfig
-from aria_train.errors import ConfigError
-from aria_train.eval.probes import Probes
+from aria_train.config import RunConfig, SourceConfig
+from aria_train.data import loader
+from aria_train.data.text.corpus import open_source
+from aria_train.data.window import Source
+from aria_train.errors import ConfigError, DataError, UserError
+from aria_train.eval.probes import Probes, write_report
 from tests.distributed import run_distributed
-from tests.eval.small import chat_corpus, small_config, small_tokenizer, text_corpus
+from tests.eval.small import MODEL, VISION, chat_corpus, small_config, small_model, small_tokenizer, text_corpus
 from tests.eval.test_needle import alone
 
 
@@ -92,8 +96,6 @@ def test_figures_of_every_step_on_one_rank_and_with_experts_spread_over_two(corp
 def test_what_cannot_be_evaluated_is_refused_before_training(
     corpora: dict[str, Any], tmp_path: Path, evaluation: dict[str, Any], message: str
 ):
-    from aria_train.errors import UserError
-
     config = run_config(corpora, tmp_path, evaluation=evaluation)
     with pytest.raises(UserError, match=message):
         Probes(config, alone())
@@ -106,6 +108,70 @@ def test_experts_and_needles_need_held_out_data(corpora: dict[str, Any], tmp_pat
             Probes(small_config(tmp_path, data=bare, evaluation=evaluation), alone())
     with pytest.raises(ConfigError, match=r"data\.tokenizer names no"):
         Probes(small_config(tmp_path, evaluation={"answers": "x"}), alone())
+
+
+def test_what_a_model_that_reads_text_only_cannot_be_asked_is_refused_before_training(
+    corpora: dict[str, Any], tmp_path: Path
+):
+    data = {"train": corpora["train"][:1], "validation": corpora["train"][:1], "tokenizer": corpora["tokenizer"]}
+    questions = str(corpora["home"] / "questions")
+    for evaluation, message in (
+        ({"experts": True}, "model.vision is null"),
+        ({"answers": questions}, "no vision encoder"),
+        ({"visual_needle": {"questions": questions}}, "no vision encoder"),
+    ):
+        config = small_config(tmp_path, model={**MODEL, "vision": None}, data=data, evaluation=evaluation)
+        with pytest.raises(UserError, match=message):
+            Probes(config, alone())
+
+
+def test_questions_prepared_for_another_model_are_refused_before_training(corpora: dict[str, Any], tmp_path: Path):
+    model = {**MODEL, "vision": {**VISION, "image_sizes": {16: 4, 32: 7}}}
+    config = run_config(corpora, tmp_path, model=model, evaluation={"answers": str(corpora["home"] / "questions")})
+    with pytest.raises(DataError, match="was prepared for image sizes"):
+        Probes(config, alone())
+
+
+def test_a_file_where_reports_would_go_is_refused_before_training(corpora: dict[str, Any], tmp_path: Path):
+    (tmp_path / "report").write_text("mine")
+    with pytest.raises(ConfigError, match="report is in the way"):
+        Probes(run_config(corpora, tmp_path), alone())
+
+
+def test_a_report_that_cannot_be_written_ends_nothing(
+    corpora: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = run_config(corpora, tmp_path, evaluation={"needle": {"lengths": [140], "depths": 1}})
+    probes = Probes(config, alone())
+    (tmp_path / "report").write_text("mine")
+    assert "needle_text_accuracy" in probes.run(small_model(), 1)
+    assert "needle_text_step_00000001.json is not written" in capsys.readouterr().err
+
+    def draw(path: Path) -> None:
+        raise ValueError("too large")
+
+    assert write_report(tmp_path / "more", "a", {"loss": [1.0, math.inf]}, draw) == [str(tmp_path / "more" / "a.json")]
+    assert json.loads((tmp_path / "more" / "a.json").read_text()) == {"loss": [1.0, None]}
+    assert "a.png is not drawn: ValueError: too large" in capsys.readouterr().err
+
+
+def test_held_out_corpora_are_opened_once_for_all_evaluations(
+    corpora: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from aria_train.parallel.job import orderly_end
+    from aria_train.train.trainer import Trainer
+
+    opened: list[str] = []
+
+    def open_noted(source: SourceConfig, config: RunConfig) -> Source:
+        opened.append(source.name)
+        return open_source(source, config)
+
+    monkeypatch.setattr(loader, "open_source", open_noted)
+    with orderly_end():
+        Trainer(run_config(corpora, tmp_path, evaluation={"interval_steps": 1})).run()
+    assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 3
+    assert opened == ["text", "pictures"] * 2, "for training, then for evaluating"
 
 
 def test_a_visual_needle_without_questions_is_refused_with_the_configuration(tmp_path: Path):

@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from aria_train.cli import main
+from aria_train.cli import main, parse
+from aria_train.errors import DataError
 from tests.eval.small import (
+    MODEL,
     chat_corpus,
     last_json,
     picture,
@@ -99,6 +102,14 @@ def test_experts(run: Path, capsys: pytest.CaptureFixture[str]):
     assert (run / "report" / "experts_step_00000003.png").is_file()
 
 
+def test_experts_without_images_are_counted_and_not_drawn(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    result = call(capsys, "eval", "experts", run, "--data", run.parent / "text", "--output", tmp_path)
+    assert result["domains"] == {}
+    assert result["files"] == [str(tmp_path / "experts_step_00000003.json")]
+
+
 def test_answers_with_a_contact_sheet(run: Path, capsys: pytest.CaptureFixture[str]):
     result = call(capsys, "eval", "answers", run, run.parent / "questions")
     assert result["questions"] == 9
@@ -132,6 +143,10 @@ def test_generate_from_images_and_text(run: Path, capsys: pytest.CaptureFixture[
         (("--prompt", "a <|img|>"), "1 image placeholder(s) <|img|>, but 0 image(s)"),
         (("--prompt", "a", "--image", "absent.png"), "absent.png: cannot be read (No such file"),
         (("--prompt", "a", "--temperature", -1), "--temperature -1.0: must be 0"),
+        (("--prompt", "a", "--temperature", "nan"), "--temperature nan: must be 0"),
+        (("--prompt", "a", "--temperature", "inf"), "--temperature inf: must be 0"),
+        (("--prompt", "a", "--seed", 10**26), f"--seed {10**26}: must be 0 or more and below 2^63"),
+        (("--prompt", "caf\udce9"), "--prompt is not valid UTF-8"),
         (("--prompt", "a", "--top-p", 0), "--top-p 0.0: must be above 0"),
         (("--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens 0: must be 1 or more"),
         (("--prompt", "fox " * 600), "model.max_positions"),
@@ -140,6 +155,12 @@ def test_generate_from_images_and_text(run: Path, capsys: pytest.CaptureFixture[
 )
 def test_what_cannot_be_generated_from(run: Path, capsys: pytest.CaptureFixture[str], arguments: Any, message: str):
     assert message in refused(capsys, "generate", run, *arguments)
+
+
+def test_a_path_that_is_no_text_is_refused_like_any_other(run: Path):
+    args = parse(["generate", str(run), "--prompt", "a", "--tokenizer", "caf\udce9"])
+    with pytest.raises(DataError, match="no such tokenizer folder"):
+        args.run(args)
 
 
 @pytest.mark.parametrize(
@@ -151,12 +172,74 @@ def test_what_cannot_be_generated_from(run: Path, capsys: pytest.CaptureFixture[
         (("needle", "--haystack", "absent"), "absent"),
         (("needle", "--questions", "absent"), "absent"),
         (("loss", "--data", "absent"), "absent"),
-        (("loss", "--context-length", 9999), "exceeds model.max_positions 512"),
+        (("loss", "--context-length", 9999), "error: train.context_length 9999 exceeds model.max_positions 512.\n"),
+        (("loss", "--context-length", 0), "train.context_length: 0 given; must be greater than 0"),
+        (("loss", "--windows", 0), "train.eval_windows: 0 given; must be greater than 0"),
+        (("answers", "absent", "--limit", 0), "--limit 0: must be 1 or more"),
+        (("answers", "absent"), "absent: neither a prepared multimodal folder"),
         (("experts", "--data", "absent"), "absent"),
     ],
 )
 def test_what_cannot_be_evaluated(run: Path, capsys: pytest.CaptureFixture[str], arguments: Any, message: str):
     assert message in refused(capsys, "eval", arguments[0], run, *arguments[1:])
+
+
+@pytest.mark.parametrize("place", ["taken", "taken/below"])
+def test_a_folder_for_results_that_cannot_be(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, place: str):
+    (tmp_path / "taken").write_text("mine")
+    assert "Give another folder with --output" in refused(capsys, "eval", "loss", run, "--output", tmp_path / place)
+
+
+@pytest.fixture(scope="module")
+def blind(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a model that reads text only."""
+    home = tmp_path_factory.mktemp("blind")
+    sources = [{"name": "text", "path": str(run.parent / "text")}]
+    data = {"tokenizer": str(run.parent / "tokenizer"), "validation": sources}
+    config = small_config(home, model={**MODEL, "vision": None}, data=data)
+    save_checkpoint(small_model(vision=None), config)
+    return home / "run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("needle", "--questions", "questions"), "the model has no vision encoder"),
+        (("needle", "--questions", "questions", "--haystack", "pictures"), "the model has no vision encoder"),
+        (("answers", "questions"), "the model has no vision encoder"),
+        (("answers", "questions_raw/questions.jsonl"), "no model.vision section"),
+        (("experts",), "model.vision is null"),
+    ],
+)
+def test_a_model_that_reads_text_only_is_asked_about_no_images(
+    run: Path, blind: Path, capsys: pytest.CaptureFixture[str], arguments: Any, message: str
+):
+    paths = [str(run.parent / word) if (run.parent / word).exists() else word for word in arguments[1:]]
+    assert message in refused(capsys, "eval", arguments[0], blind, *paths)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    config = small_config(tmp_path, model={**MODEL, "vision": None, "vocab_size": 320})
+    save_checkpoint(small_model(vision=None, vocab_size=320), config)
+    tokenizer = ("--tokenizer", run.parent / "tokenizer")
+    for command in (("generate", "--prompt", "a"), ("eval needle", "--haystack", run.parent / "text")):
+        error = refused(capsys, *command[0].split(), tmp_path / "run", *command[1:], *tokenizer)
+        assert "tokens, more than model.vocab_size 320" in error
+
+
+def test_a_model_that_diverged_is_reported_as_it_is(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    model = small_model()
+    with torch.no_grad():
+        model.head.weight.fill_(math.nan)
+    data = {
+        "tokenizer": str(run.parent / "tokenizer"),
+        "validation": [{"name": "text", "path": str(run.parent / "text")}],
+    }
+    save_checkpoint(model, small_config(tmp_path, data=data))
+    assert call(capsys, "eval", "loss", tmp_path / "run")["loss"] is None
+    result = call(capsys, "eval", "needle", tmp_path / "run", "--lengths", 140, "--depths", 2)
+    assert result["loss"] == [[None, None]]
+    assert "is not finite" in refused(capsys, "generate", tmp_path / "run", "--prompt", "a", "--temperature", 1)
 
 
 def test_a_folder_that_is_no_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path):

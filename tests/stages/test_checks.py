@@ -152,6 +152,8 @@ def test_everything_wrong_is_said_at_once_and_nothing_starts(
         ({THREE: {"model.vision.num_layers": 2}}, "model.vision.num_layers: 1 before, 2 now"),
         ({ONE: {"checkpoint.init_optimizer": True}}, "the first stage has no checkpoint.init_from"),
         ({FOUR: {"data.train": []}}, f"{FOUR}: data.train names no source"),
+        ({ONE: {"evaluation.experts": True}}, f"{ONE}: the map of experts (evaluation.experts) compares visual"),
+        ({TWO: {"evaluation.experts": True}}, f"{TWO}: evaluation.experts counts over data.validation, which names"),
     ],
 )
 def test_hand_overs_that_cannot_be(tmp_path: Path, changes: dict[str, dict[str, Any]], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from aria_train.cli import main
 from aria_train.config import RunConfig
 from aria_train.errors import CheckpointError, ConfigError
 from aria_train.model import AriaModel
+from aria_train.parallel import checkpoint
 from aria_train.parallel.job import orderly_end
 from aria_train.stages.curriculum import train_stage
 from aria_train.train.trainer import Trainer
@@ -97,6 +100,26 @@ def test_moments_need_a_checkpoint_that_has_them(config: RunConfig) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_run_directory_stands_for_the_checkpoints_that_its_run_keeps_elsewhere(
+    config: RunConfig, tmp_path: Path, scheme: str
+) -> None:
+    train(with_values(config, checkpoint={"storage": f"{scheme}{tmp_path / 'store'}"}, train={"max_steps": 1}))
+    assert not (tmp_path / "first" / "checkpoints").exists()
+    newest = checkpoint.resolve(str(tmp_path / "first"))
+    assert str(newest) == f"{scheme}{tmp_path / 'store' / 'checkpoints' / 'step_00000001'}"
+    assert checkpoint.resolve(tmp_path / "first").name == newest.name
+    follower = second(config, train={"max_steps": 1})
+    train(follower)
+    assert len(read_steps(follower.train.run_dir)) == 1
+    assert main(["eval", "loss", str(tmp_path / "first"), "--data", f"text={tmp_path / 'text'}"]) == 0
+    assert (tmp_path / "first" / "report" / "loss_step_00000001.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # RoPE
 
 
@@ -123,6 +146,15 @@ def test_the_schedule_is_geometric_over_tokens(config: RunConfig) -> None:
     assert config.rope_base_at(0) == config.model.rope_base
     with pytest.raises(ValueError, match="rope_from and rope_tokens go together"):
         with_values(config, schedule={"rope_from": 1e5})
+
+
+def test_an_export_has_the_base_that_the_weights_stand_at(config: RunConfig, tmp_path: Path) -> None:
+    ramp = {"rope_from": 1e5, "rope_tokens": 10 * config.tokens_per_step}
+    train(with_values(config, model={"rope_base": 5e6}, schedule=ramp))
+    assert main(["export", config.train.run_dir, str(tmp_path / "hf")]) == 0
+    exported = json.loads((tmp_path / "hf" / "config.json").read_text())
+    text = exported.get("text_config", exported)
+    assert text["rope_theta"] == pytest.approx(1e5 * 50**0.3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import threading
 from pathlib import Path
 from typing import NoReturn
@@ -75,7 +76,7 @@ class MultimodalSource:
     def _report_left_out(self) -> None:
         samples = len(self.reader)
         self.left_out = samples - int((self.plan.pieces == 0).sum())
-        if self.left_out:
+        if self.left_out and os.environ.get("RANK", "0") == "0":
             why = "an image larger than it" if self.reader.meta["divisible"] else "conversations are not cut"
             logger.warning(
                 "source %r: %d of %d samples are longer than train.context_length %d and are left out (%s); the "

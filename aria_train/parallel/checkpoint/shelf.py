@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from aria_train.config import RunConfig
-from aria_train.errors import CheckpointError
+from aria_train.config.reading import read_yaml
+from aria_train.errors import CheckpointError, ConfigError
 from aria_train.parallel.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from aria_train.parallel.checkpoint.reading import verify
 from aria_train.parallel.checkpoint.storage import Folder, RemotePath, locate
@@ -96,7 +97,8 @@ def newest_intact(home: F, before: int | None = None, good: bool = False) -> tup
 
 
 def resolve(path: str | Folder) -> Folder:
-    """A checkpoint folder, given itself or the run directory (or `checkpoint.storage`) around it."""
+    """A checkpoint folder, given itself, the run directory, or the `checkpoint.storage` around it."""
+    path = _storage_of(path)
     folder = locate(path)
     if (folder / MANIFEST).exists():
         return folder
@@ -107,6 +109,19 @@ def resolve(path: str | Folder) -> Folder:
         raise CheckpointError(f"run directory {folder} has no complete checkpoint. {' '.join(passed)}".strip())
     read_manifest(folder)
     return folder
+
+
+def _storage_of(path: str | Folder) -> str | Folder:
+    """Where the run of a run directory keeps its checkpoints, by its config.yaml; of anything else, the path itself."""
+    file = locate(path) / "config.yaml"
+    if not isinstance(file, Path) or not file.is_file():
+        return path
+    try:
+        section = read_yaml(file)[0].get("checkpoint")
+    except ConfigError:
+        return path
+    storage = section.get("storage") if isinstance(section, dict) else None
+    return storage if isinstance(storage, str) else path
 
 
 def prune(home: F, keep_last: int, keep_every_steps: int = 0, unfinished: bool = True) -> list[F]:
