@@ -13,8 +13,10 @@ So a resumed run repeats nothing and skips nothing.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,8 @@ from aria_train.model.lora import add_adapters, is_adapter
 from aria_train.moe.experts import use_fp8
 from aria_train.parallel import checkpoint
 from aria_train.parallel.checkpoint import Saver
-from aria_train.parallel.collectives import sum_over_ranks
-from aria_train.parallel.mesh import build_meshes, init_process_group, pick_device
+from aria_train.parallel.collectives import broadcast_object, sum_over_ranks
+from aria_train.parallel.mesh import build_meshes, init_process_group, pick_device, set_patience
 from aria_train.parallel.shard import parallelize, set_last_micro_batch
 from aria_train.train.adapters import base_mark, base_of, load_whole, write_adapter_folder
 from aria_train.train.console import Console, peak_memory_gib
@@ -60,6 +62,7 @@ class Trainer:
         if replay_step is None:
             _claim(self.run_dir)
         self.device = pick_device(config.train.device)
+        set_patience(config.guard.hang_minutes)
         init_process_group(self.device)
         check_world(config, dist.get_world_size())
         self.meshes = build_meshes(config.parallel, self.device)
@@ -74,7 +77,8 @@ class Trainer:
         self.guard = Guard(config.guard, self.state.guard)
         self.pulse = Pulse(self.meshes, config.checkpoint.interval_minutes)
         self.saver = Saver(config.checkpoint.asynchronous, self.console.message)
-        hangs = self.run_dir / "logs" / "hangs"
+        start = broadcast_object(lambda: f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}")
+        hangs = self.run_dir / "logs" / "hangs" / start
         self.watchdog = Watchdog(config.guard.hang_minutes * 60, self.meshes.rank, self.meshes.world_size, hangs)
         self.probes = Probes(config, self.meshes)
         watched = config.train.profile if replay_step is None else 0
