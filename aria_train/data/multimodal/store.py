@@ -207,6 +207,9 @@ class Reader:
                     "copy the whole folder again, or prepare it again with `aria-train data prepare`."
                 )
         self._lock = threading.Lock()
+        self._starts: dict[int, NDArray[np.int64]] = {}
+        """By shard: rows before each of its batches, and then all. To find them out every batch is looked at, so they
+        are kept when the file is let go."""
         # An evicted file stays mapped for as long as anything read from it is in use.
         self._open_shard = functools.lru_cache(maxsize=64)(self._map_shard)
         self._open_batch = functools.lru_cache(maxsize=256)(self._map_batch)
@@ -246,29 +249,32 @@ class Reader:
         assert 0 <= row < len(self), f"sample {row} of {len(self)}"
         shard = bisect.bisect_right(self._first_rows, row) - 1
         with self._lock:  # Arrow's file reader is not safe to share between threads; the batches it gives are
-            _, starts = self._open_shard(shard)
-            local = row - self._first_rows[shard]
-            number = bisect.bisect_right(starts, local) - 1
-            return self._open_batch(shard, number), local - starts[number]
+            if shard not in self._starts:
+                self._open_shard(shard)
+            starts, local = self._starts[shard], row - self._first_rows[shard]
+            number = int(np.searchsorted(starts, local, side="right")) - 1
+            return self._open_batch(shard, number), local - int(starts[number])
 
-    def _map_shard(self, shard: int) -> tuple[Any, list[int]]:
+    def _map_shard(self, shard: int) -> Any:
         path = self.folder / self.meta["files"][shard]["file"]
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             if reader.schema != SCHEMA:
                 raise DataError(f"{path}: its columns are not those of a prepared corpus. Prepare it again.")
-            rows = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
+            if shard not in self._starts:
+                rows = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
+                self._starts[shard] = np.cumsum([0, *rows])
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: not readable as Arrow ({error}). Copy or prepare the corpus again.") from None
-        return reader, np.cumsum([0, *rows]).tolist()
+        return reader
 
     def _map_batch(self, shard: int, number: int) -> _Columns:
-        return _Columns(self._open_shard(shard)[0].get_batch(number))
+        return _Columns(self._open_shard(shard).get_batch(number))
 
     def _batches(self, shard: int) -> list[pa.RecordBatch]:
         with self._lock:
-            reader, starts = self._open_shard(shard)
-            return [reader.get_batch(number) for number in range(len(starts) - 1)]
+            reader = self._open_shard(shard)
+            return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
