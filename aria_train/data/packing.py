@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -166,8 +167,9 @@ def cached_plan(folders: Sequence[Path], key: str, build: Callable[[], PackingPl
     return _cached(folders, key, build, _save_plan, _load_plan)
 
 
-def cached_arrays(folders: Sequence[Path], key: str, build: Callable[[], Arrays]) -> Arrays:
-    """The arrays named `key`; see `_cached`."""
+def cached_arrays(folders: Sequence[Path], kind: str, parts: Sequence[object], build: Callable[[], Arrays]) -> Arrays:
+    """The arrays of that kind which follow from `parts`, all that they depend on; see `_cached`."""
+    key = f"{kind}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
     return _cached(folders, key, build, _save_arrays, _load_arrays)
 
 

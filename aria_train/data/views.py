@@ -6,7 +6,6 @@ samples are in it depends on the lengths of all: like a packing plan, that is fo
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,9 +48,9 @@ def open_reader(
 ) -> SampleReader:
     """The corpus at `folder` as the source wants it. Raises DataError where it cannot be had so.
 
-    What is in a view is kept in the first of the folders `kept_in` that is writable.
+    What is found out about all samples is kept in the first of the folders `kept_in` that is writable.
     """
-    reader: SampleReader = Reader(folder)
+    reader: SampleReader = Reader(folder, kept_in)
     if source.min_tokens is not None or source.max_tokens is not None:
         reader = SelectedReader(reader, source.min_tokens, source.max_tokens, kept_in)
     if source.concatenate is not None:
@@ -72,7 +71,8 @@ class SelectedReader:
     ) -> None:
         self.reader, self.folder = reader, reader.folder
         fingerprint = f"{reader.meta['fingerprint']} from {min_tokens} to {max_tokens}"
-        found = cached_arrays(kept_in, _key(fingerprint), lambda: self._choose(min_tokens, max_tokens))
+        parts = [_VERSION, fingerprint]
+        found = cached_arrays(kept_in, "view", parts, lambda: self._choose(min_tokens, max_tokens))
         self._rows, self._lengths = found["rows"], found["lengths"]
         self.meta = {**reader.meta, "longest_sample": int(self._lengths.max()), "fingerprint": fingerprint}
 
@@ -129,8 +129,8 @@ class ConcatenatedReader:
             )
         self._newline = np.array(meta["newline_ids"], np.int32)
         fingerprint = f"{meta['fingerprint']} joined {count} {context_length} {seed}"
-        key = _key(f"{fingerprint} by {len(self._newline)}")
-        found = cached_arrays(kept_in, key, lambda: self._join(count, context_length, seed))
+        parts = [_VERSION, fingerprint, len(self._newline)]
+        found = cached_arrays(kept_in, "view", parts, lambda: self._join(count, context_length, seed))
         self._order, self._starts, self._lengths = found["order"], found["starts"], found["lengths"]
         self.meta = {
             **meta,
@@ -169,11 +169,6 @@ class ConcatenatedReader:
 
     def _members(self, row: int) -> list[int]:
         return self._order[self._starts[row] : self._starts[row + 1]].tolist()
-
-
-def _key(fingerprint: str) -> str:
-    """The name of what is kept of a view, after all that it depends on."""
-    return f"view-{hashlib.sha256(f'{_VERSION} {fingerprint}'.encode()).hexdigest()[:16]}"
 
 
 def _fixed(num_samples: int, count: int) -> NDArray[np.int64]:

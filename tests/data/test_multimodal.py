@@ -366,3 +366,4 @@ def test_samples_come_back_as_written_over_many_files(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found.loss, expected.loss)
         assert (found.images, found.placements) == (expected.images, expected.placements)
         assert (found.category, found.origin) == (expected.category, expected.origin)
+        assert (reader.length(row), reader.placements(row)) == (len(expected.token_ids), expected.placements)
