@@ -34,17 +34,21 @@ class Watchdog:
     def __init__(self, seconds: float, rank: int, world_size: int, folder: Path) -> None:
         self._seconds, self._rank, self._world_size, self._folder = seconds, rank, world_size, folder
         self._main = threading.main_thread().ident
-        self._stopped = threading.Event()
+        self._stopped, self._ending = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._step, self._doing, self._last = 0, "starting", time.monotonic()
 
     def start(self, step: int) -> None:
         self.beat(step, "training")
         if self._seconds > 0:
             self._main = threading.get_ident()
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._thread.start()
 
     def stop(self) -> None:
         self._stopped.set()
+        if self._ending.is_set():
+            # Another rank has left before this one, and its connections with it: the report and the status come first.
+            self._thread.join()
 
     def beat(self, step: int, doing: str) -> None:
         """Something ended just now, and this comes next."""
@@ -58,6 +62,7 @@ class Watchdog:
 
     def _end_job(self) -> None:
         """Reports, lets the others report, and leaves. Nothing here may wait for another rank."""
+        self._ending.set()
         try:
             own = self._folder / f"rank_{self._rank:05d}.txt"
             self._folder.mkdir(parents=True, exist_ok=True)

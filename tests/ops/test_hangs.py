@@ -50,6 +50,19 @@ def test_the_first_that_can_speak_names_those_that_cannot(tmp_path: Path, capsys
     assert not capsys.readouterr().err
 
 
+def test_a_rank_that_is_cut_off_meanwhile_still_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others may leave some moments before it, which is an error in its training loop."""
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.setattr(watchdog, "_GRACE", 0.5)
+    dog = Watchdog(0.05, 0, 1, tmp_path)
+    dog.start(7)
+    assert dog._ending.wait(60)
+    dog.stop()
+    assert statuses == [EXIT_RESTART]
+    assert (tmp_path / "rank_00000.txt").exists()
+
+
 def newest_first_in(monkeypatch: pytest.MonkeyPatch, **recorders: list[dict[str, Any]]) -> str:
     """What is said where PyTorch has these flight recorders, by the names that they have there."""
     for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
