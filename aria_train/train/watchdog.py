@@ -14,22 +14,28 @@ import sys
 import threading
 import time
 import traceback
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from aria_train.errors import EXIT_RESTART
+from aria_train.parallel.collectives import broadcast_object
 
 _GRACE = 5.0
 """Seconds that ranks wait for each other's reports; they all stand still since the same step."""
 
 
-class Watchdog:
-    """Ends the process when `beat` has not been called for `seconds` (0: never), between `start` and `stop`.
+def folder_of_reports(run_dir: Path) -> Path:
+    """Where the ranks will write, the same on all and another at every start: old reports would speak for the silent.
+    Collective."""
+    start = broadcast_object(lambda: f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}")
+    return run_dir / "logs" / "hangs" / start
 
-    `folder` is for the reports of this start of the job alone: those of an earlier one would speak for the silent.
-    """
+
+class Watchdog:
+    """Ends the process when `beat` has not been called for `seconds` (0: never), between `start` and `stop`."""
 
     def __init__(self, seconds: float, rank: int, world_size: int, folder: Path) -> None:
         self._seconds, self._rank, self._world_size, self._folder = seconds, rank, world_size, folder
