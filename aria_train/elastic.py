@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,20 @@ def _leave_mistakes_alone() -> None:
 
 
 def _children() -> list[int]:
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = (line.split() for line in listing.splitlines())
-    return [int(pid) for pid, parent in pairs if int(parent) == os.getpid()]
+    """Processes that this one started. `ps` is asked only where there is no /proc: slim images do without it."""
+    pairs = list(_parents_in_proc())
+    if not pairs:
+        listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        pairs = [(int(pid), int(parent)) for pid, parent in (line.split() for line in listing.splitlines())]
+    return [pid for pid, parent in pairs if parent == os.getpid()]
+
+
+def _parents_in_proc() -> Iterator[tuple[int, int]]:
+    """(process, its parent) for every process, where Linux tells it."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended since
+            # `pid (name) state parent ...`; a name may hold anything.
+            yield int(file.parent.name), int(file.read_bytes().rpartition(b")")[2].split()[1])
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def sleeps(bench: Bench) -> Row:
         config = bench.config(f"sleep-{rank}", guard={"hang_minutes": 0.1})
         outcomes = bench.live(config, ("in step", 13, rank, "sleep"))
         assert f"exit status {EXIT_RESTART}" in str(outcomes), outcomes
-        reports = sorted(Path(config.train.run_dir, "logs", "hangs").glob("*.txt"))
+        reports = sorted(Path(config.train.run_dir, "logs", "hangs").glob("*/*.txt"))
         told = "\n".join(report.read_text() for report in reports)
         assert "in act" in told, "the stack of the sleeper"
         worst = max(worst, bench.steps_lost(config))

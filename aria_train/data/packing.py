@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -18,11 +19,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aria_train.data.permutation import mix_bits
+
+Arrays = dict[str, NDArray[Any]]
+T = TypeVar("T")
 
 PLAN_VERSION = 1
 """Part of every cache key: raise it when the same input would be packed differently."""
@@ -158,14 +163,31 @@ class _OpenBins:
 
 
 def cached_plan(folders: Sequence[Path], key: str, build: Callable[[], PackingPlan]) -> PackingPlan:
-    """The plan named `key` from the first of `folders` that has it, else built and kept in the first that is writable.
+    """The plan named `key`; see `_cached`."""
+    return _cached(folders, key, build, _save_plan, _load_plan)
 
-    A plan on disk is complete or absent: it is written aside and renamed. Of several processes that want the same
-    plan one builds while the others wait for it. Without a writable folder the plan is built in memory.
+
+def cached_arrays(folders: Sequence[Path], kind: str, parts: Sequence[object], build: Callable[[], Arrays]) -> Arrays:
+    """The arrays of that kind which follow from `parts`, all that they depend on; see `_cached`."""
+    key = f"{kind}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+    return _cached(folders, key, build, _save_arrays, _load_arrays)
+
+
+def _cached(
+    folders: Sequence[Path],
+    key: str,
+    build: Callable[[], T],
+    save: Callable[[T, Path], None],
+    load: Callable[[Path], T],
+) -> T:
+    """What is named `key` from the first of `folders` that has it, else built and kept in the first that is writable.
+
+    What is on disk is complete or absent: it is written aside and renamed. Of several processes that want the same one
+    builds while the others wait for it. Without a writable folder it is built in memory.
     """
     for folder in folders:
         if (folder / key).is_dir():
-            return _load(folder / key)
+            return load(folder / key)
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -175,27 +197,32 @@ def cached_plan(folders: Sequence[Path], key: str, build: Callable[[], PackingPl
         try:
             with _locked(folder / f".{key}.lock"):
                 if not (folder / key).is_dir():
-                    _save(build(), workplace)
+                    save(build(), workplace)
+                    workplace.chmod(0o755)
                     _rename(workplace, folder / key)
-            return _load(folder / key)
+            return load(folder / key)
         finally:
             shutil.rmtree(workplace, ignore_errors=True)
     return build()
 
 
-def _save(plan: PackingPlan, folder: Path) -> None:
-    for name in ("starts", "documents", "pieces"):
-        np.save(folder / f"{name}.npy", getattr(plan, name), allow_pickle=False)
+def _save_plan(plan: PackingPlan, folder: Path) -> None:
+    _save_arrays({name: getattr(plan, name) for name in ("starts", "documents", "pieces")}, folder)
     (folder / "stats.json").write_text(json.dumps(asdict(plan.stats), indent=1))
-    folder.chmod(0o755)
 
 
-def _load(folder: Path) -> PackingPlan:
+def _load_plan(folder: Path) -> PackingPlan:
+    return PackingPlan(**_load_arrays(folder), stats=PackingStats(**json.loads((folder / "stats.json").read_text())))
+
+
+def _save_arrays(arrays: Arrays, folder: Path) -> None:
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+
+
+def _load_arrays(folder: Path) -> Arrays:
     # asarray drops the memmap class, whose slicing is slow, and keeps the mapping.
-    arrays = {
-        name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("starts", "documents", "pieces")
-    }
-    return PackingPlan(**arrays, stats=PackingStats(**json.loads((folder / "stats.json").read_text())))
+    return {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in folder.glob("*.npy")}
 
 
 def _rename(workplace: Path, target: Path) -> None:

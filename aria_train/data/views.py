@@ -1,6 +1,7 @@
 """Other samples out of the same corpus: those of some length, or many captioned images joined into one long sequence.
 
-A view reads like the corpus it is made of, and is a pure function of it and a few numbers; nothing is copied.
+A view reads like the corpus it is made of, and is a pure function of it and a few numbers; nothing is copied. Which
+samples are in it depends on the lengths of all: like a packing plan, that is found out once and kept on disk.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from numpy.typing import NDArray
 
 from aria_train.config import SourceConfig
 from aria_train.data.multimodal.store import Placement, Reader, Sample
+from aria_train.data.packing import Arrays, cached_arrays
 from aria_train.data.permutation import mix_bits
 from aria_train.errors import DataError
 
 Ids = NDArray[np.int32]
+
+_VERSION = 1
+"""Part of the name of what is kept of a view: raise it when the same corpus would be seen differently."""
 
 
 class SampleReader(Protocol):
@@ -38,13 +43,18 @@ class SampleReader(Protocol):
     def sample(self, row: int) -> Sample: ...
 
 
-def open_reader(source: SourceConfig, folder: Path, context_length: int, seed: int) -> SampleReader:
-    """The corpus at `folder` as the source wants it. Raises DataError where it cannot be had so."""
-    reader: SampleReader = Reader(folder)
+def open_reader(
+    source: SourceConfig, folder: Path, context_length: int, seed: int, kept_in: Sequence[Path] = ()
+) -> SampleReader:
+    """The corpus at `folder` as the source wants it. Raises DataError where it cannot be had so.
+
+    What is found out about all samples is kept in the first of the folders `kept_in` that is writable.
+    """
+    reader: SampleReader = Reader(folder, kept_in)
     if source.min_tokens is not None or source.max_tokens is not None:
-        reader = SelectedReader(reader, source.min_tokens, source.max_tokens)
+        reader = SelectedReader(reader, source.min_tokens, source.max_tokens, kept_in)
     if source.concatenate is not None:
-        reader = ConcatenatedReader(reader, source.concatenate, context_length, seed)
+        reader = ConcatenatedReader(reader, source.concatenate, context_length, seed, kept_in)
     return reader
 
 
@@ -56,22 +66,27 @@ def chosen(lengths: NDArray[np.integer], min_tokens: int | None, max_tokens: int
 class SelectedReader:
     """The samples of at least and at most so many tokens."""
 
-    def __init__(self, reader: SampleReader, min_tokens: int | None, max_tokens: int | None) -> None:
+    def __init__(
+        self, reader: SampleReader, min_tokens: int | None, max_tokens: int | None, kept_in: Sequence[Path] = ()
+    ) -> None:
         self.reader, self.folder = reader, reader.folder
-        lengths = reader.lengths()
-        self._rows = np.flatnonzero(chosen(lengths, min_tokens, max_tokens))
-        if not len(self._rows):
+        fingerprint = f"{reader.meta['fingerprint']} from {min_tokens} to {max_tokens}"
+        parts = [_VERSION, fingerprint]
+        found = cached_arrays(kept_in, "view", parts, lambda: self._choose(min_tokens, max_tokens))
+        self._rows, self._lengths = found["rows"], found["lengths"]
+        self.meta = {**reader.meta, "longest_sample": int(self._lengths.max()), "fingerprint": fingerprint}
+
+    def _choose(self, min_tokens: int | None, max_tokens: int | None) -> Arrays:
+        lengths = self.reader.lengths()
+        rows = np.flatnonzero(chosen(lengths, min_tokens, max_tokens))
+        if not len(rows):
             bounds = f"min_tokens {min_tokens}" if max_tokens is None else f"max_tokens {max_tokens}"
             raise DataError(
-                f"{self.folder}: none of its {len(reader):,} samples is within {bounds}; the longest has "
-                f"{reader.meta['longest_sample']:,} tokens. Choose other bounds, or take the source out of the blend."
+                f"{self.folder}: none of its {len(self.reader):,} samples is within {bounds}; the longest has "
+                f"{self.reader.meta['longest_sample']:,} tokens. Choose other bounds, or take the source out of the "
+                "blend."
             )
-        self._lengths = lengths[self._rows]
-        self.meta = {
-            **reader.meta,
-            "longest_sample": int(self._lengths.max()),
-            "fingerprint": f"{reader.meta['fingerprint']} from {min_tokens} to {max_tokens}",
-        }
+        return {"rows": rows, "lengths": lengths[rows]}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -96,7 +111,14 @@ class ConcatenatedReader:
     With `count` samples each, or with as many as fit a window (`window`), in a shuffled order that the seed fixes.
     """
 
-    def __init__(self, reader: SampleReader, count: int | Literal["window"], context_length: int, seed: int) -> None:
+    def __init__(
+        self,
+        reader: SampleReader,
+        count: int | Literal["window"],
+        context_length: int,
+        seed: int,
+        kept_in: Sequence[Path] = (),
+    ) -> None:
         self.reader, self.folder = reader, reader.folder
         meta = reader.meta
         if meta["format"] != "captions" or "newline_ids" not in meta:
@@ -106,22 +128,29 @@ class ConcatenatedReader:
                 + ". Prepare one with `aria-train data prepare --format captions`."
             )
         self._newline = np.array(meta["newline_ids"], np.int32)
-        # What a sample adds to a sequence: its end-of-document token goes, a line break comes.
-        added = reader.lengths().astype(np.int64) - 1 + len(self._newline)
-        self._order = np.argsort(mix_bits(np.arange(len(added), dtype=np.uint64), seed), kind="stable")
-        room = context_length + len(self._newline)
-        self._order = self._order[added[self._order] <= room]
-        if not len(self._order):
-            raise DataError(f"{self.folder}: none of its samples fits a window of {context_length} tokens.")
-        added = added[self._order]
-        self._starts = _fixed(len(added), count) if count != "window" else _filled(added, room)
-        self._lengths = (np.add.reduceat(added, self._starts[:-1]) - len(self._newline) + 1).astype(np.int32)
+        fingerprint = f"{meta['fingerprint']} joined {count} {context_length} {seed}"
+        parts = [_VERSION, fingerprint, len(self._newline)]
+        found = cached_arrays(kept_in, "view", parts, lambda: self._join(count, context_length, seed))
+        self._order, self._starts, self._lengths = found["order"], found["starts"], found["lengths"]
         self.meta = {
             **meta,
             "divisible": False,
             "longest_sample": int(self._lengths.max()),
-            "fingerprint": f"{meta['fingerprint']} joined {count} {context_length} {seed}",
+            "fingerprint": fingerprint,
         }
+
+    def _join(self, count: int | Literal["window"], context_length: int, seed: int) -> Arrays:
+        # What a sample adds to a sequence: its end-of-document token goes, a line break comes.
+        added = self.reader.lengths().astype(np.int64) - 1 + len(self._newline)
+        order = np.argsort(mix_bits(np.arange(len(added), dtype=np.uint64), seed), kind="stable")
+        room = context_length + len(self._newline)
+        order = order[added[order] <= room]
+        if not len(order):
+            raise DataError(f"{self.folder}: none of its samples fits a window of {context_length} tokens.")
+        added = added[order]
+        starts = _fixed(len(added), count) if count != "window" else _filled(added, room)
+        lengths = (np.add.reduceat(added, starts[:-1]) - len(self._newline) + 1).astype(np.int32)
+        return {"order": order, "starts": starts, "lengths": lengths}
 
     def __len__(self) -> int:
         return len(self._starts) - 1

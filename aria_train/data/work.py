@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from aria_train.config import ModelConfig
 
 
-def forward_flops(document_lengths: Sequence[int], image_patches: Sequence[int], model: ModelConfig) -> float:
+def forward_flops(document_lengths: ArrayLike, image_patches: ArrayLike, model: ModelConfig) -> float:
     """Floating-point operations of a forward pass over packed documents and the images in them, about."""
     lengths, patches = np.asarray(document_lengths, np.float64), np.asarray(image_patches, np.float64)
     hidden, width = model.hidden_size, model.num_heads * model.head_dim

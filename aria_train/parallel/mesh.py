@@ -15,17 +15,24 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from aria_train.config import ParallelConfig
+from aria_train.errors import ConfigError
 
-PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for another."""
+_LEAST_PATIENCE = timedelta(minutes=30)
+_MARGIN = timedelta(minutes=5)
+"""What a hang may take to be seen and reported by all ranks, before the first stops waiting by itself."""
+_NEVER = timedelta(days=20)
+"""As good as for ever; from 25 days on a socket counts no more."""
+_MOST_FILES = 1 << 16
 
 
 @dataclass
@@ -47,16 +54,46 @@ class Meshes:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> this rank's device."""
+    """`auto`, `cpu` or `cuda` -> this rank's device. Raises ConfigError where this rank has no such device."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if not torch.cuda.is_available():
+        why = "PyTorch finds no GPU" if torch.backends.cuda.is_built() else "this PyTorch is built for CPUs alone"
+        raise ConfigError(
+            f"train.device is cuda, but {why}. Mend the driver or the installation, or set train.device to auto or cpu."
+        )
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    ranks = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if ranks > gpus:
+        raise ConfigError(
+            f"{ranks} ranks on this machine see {gpus} GPU(s), and each needs one of its own. Start at most {gpus} "
+            "(--nproc-per-node, or launch.ranks_per_node), or train without GPUs: train.device=cpu."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def set_patience(hang_minutes: float) -> None:
+    """Has ranks wait longer for each other than the watchdog does (`guard.hang_minutes`; 0 = for ever), whose report
+    says more than a collective that gives up. Also where there is a process group already: of the default group, and of
+    all groups and sockets made from now on."""
+    longest = timedelta(minutes=hang_minutes) + _MARGIN if 0 < hang_minutes < _NEVER / timedelta(minutes=1) else _NEVER
+    longest = max(longest, _LEAST_PATIENCE)
+    # A new group takes these, and not what the default group has.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = longest
+    if dist.is_initialized():
+        distributed_c10d._set_pg_timeout(longest)
+
+
+def patience() -> timedelta:
+    """How long a rank waits for another: half an hour, unless `set_patience` was called."""
+    return distributed_c10d.default_pg_timeout
 
 
 def init_process_group(device: torch.device) -> None:
     """Joins the process group torchrun describes, or makes one of a single process. Does nothing if there is one."""
     if dist.is_initialized():
         return
+    allow_many_sockets()
     # Remembers the last collectives, for the report of a hang.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1000")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -69,9 +106,20 @@ def init_process_group(device: torch.device) -> None:
         share_cores()
         keep_freed_memory()
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=patience())
     else:
-        dist.init_process_group(backend, timeout=PATIENCE, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=patience(), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def allow_many_sockets() -> None:
+    """Raises this process's limit of open files, as far as the system lets it: over gloo a rank holds a socket to each
+    other in every group, about two per rank of the job, and the usual limit is 1024."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # No further: some programs that we start go through all the numbers that files could have.
+    wanted = _MOST_FILES if most == resource.RLIM_INFINITY else min(most, _MOST_FILES)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS may name a limit that it does not grant
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def share_cores() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch.distributed as dist
 
 from aria_train.parallel.collectives import broadcast_object, gather_objects
-from aria_train.parallel.mesh import PATIENCE
+from aria_train.parallel.mesh import patience
 
 _NAMES = "\0aria_train"
 """Where names begin. The zero says that there is no file of that name: the kernel forgets it with the process."""
@@ -26,9 +26,9 @@ class Sockets:
     """One between each two ranks of a group."""
 
     def __init__(self, rank: int, sockets: dict[int, socket.socket]) -> None:
-        self.rank, self._sockets = rank, sockets
+        self.rank, self._sockets, self._patience = rank, sockets, patience()
         for other in sockets.values():
-            other.settimeout(PATIENCE.total_seconds())
+            other.settimeout(self._patience.total_seconds())
 
     @staticmethod
     def between(group: dist.ProcessGroup) -> Sockets | None:
@@ -79,12 +79,12 @@ class Sockets:
 
     @contextlib.contextmanager
     def _speaking_to(self, other: int) -> Iterator[None]:
+        ranks = len(self._sockets) + 1
         try:
             yield
         except TimeoutError as error:
-            raise TimeoutError(f"Rank {other} of {len(self._sockets) + 1} has not come for {PATIENCE}.") from error
+            raise TimeoutError(f"Rank {other} of {ranks} has not come for {self._patience}.") from error
         except OSError as error:
-            ranks = len(self._sockets) + 1
             raise ConnectionError(f"The connection to rank {other} of {ranks} is closed: it has ended.") from error
 
 

@@ -45,6 +45,15 @@ class Plan:
     def fits(self) -> bool:
         return self.memory.on_gpu() <= self.gpu_gib * GIB
 
+    @property
+    def host_bytes(self) -> int:
+        """What a rank keeps page-locked in host memory: the copy of its state that saves beside the training write."""
+        return self.memory.state if self.config.checkpoint.asynchronous else 0
+
+    @property
+    def ranks_per_node(self) -> int:
+        return min(self.config.launch.ranks_per_node, self.layout.world)
+
 
 def make_plan(
     config: RunConfig, world: int, gpu: str, gpu_gib: float, peak_tflops: float, utilisation: float, images: int = 0
@@ -77,6 +86,7 @@ def as_json(plan: Plan) -> str:
             "parameters": _counts(plan),
             "memory_bytes": plan.memory.parts() | {"peak": plan.memory.peak, "on_gpu": plan.memory.on_gpu()},
             "fits": plan.fits,
+            "host_bytes": plan.host_bytes,
             "communication": [asdict(c) | {"wire": c.wire} for c in plan.collectives],
             "speed": asdict(plan.speed),
             "suggestions": [
@@ -124,6 +134,8 @@ def _memory(plan: Plan) -> list[str]:
         f"  {'most at once':<32} {held.peak / GIB:>9.2f}",
         f"  {'with allocator, CUDA and NCCL':<32} {held.on_gpu() / GIB:>9.2f}   of {plan.gpu_gib:.1f} ({plan.gpu}): "
         + ("fits" if plan.fits else "does not fit"),
+        f"  {'host memory, copies to save from':<32} {plan.host_bytes / GIB:>9.2f}   and "
+        f"{plan.host_bytes * plan.ranks_per_node / GIB:.1f} on a node of {plan.ranks_per_node} (page-locked)",
     ]
     return lines
 

@@ -1,7 +1,8 @@
 """Where a step's time goes, by part of the model: `train.profile=3` looks at three steps, once two have warmed up.
 
-Per rank, two files in `profile/` of the run directory: `rank0.json`, a trace for chrome://tracing or Perfetto, and
-`rank0.txt`, a table. On a GPU the table counts the time of kernels, on a CPU that of operators.
+In `profile/` of the run directory each rank writes a table, such as `rank0.txt`, and the first a trace for
+chrome://tracing or Perfetto, `rank0.json`: traces are large, and those of all ranks would be written at once. On a GPU
+the table counts the time of kernels, on a CPU that of operators.
 
 Modules get a named range while they are watched. What autograd runs is counted where its forward operation was: both
 carry the same sequence number.
@@ -65,7 +66,7 @@ class Profile:
 
     def __init__(self, steps: int, run_dir: Path, rank: int, model: nn.Module, tell: Callable[[str], None]) -> None:
         self._left, self._steps, self._warm_up = steps, steps, WARM_UP
-        self._files = run_dir / "profile" / f"rank{rank}"
+        self._files, self._is_main = run_dir / "profile" / f"rank{rank}", rank == 0
         self._model, self._tell = model, tell
         self._profiler: profile | None = None
         self._hooks: list[Any] = []
@@ -103,7 +104,8 @@ class Profile:
             hook.remove()
         self._files.parent.mkdir(parents=True, exist_ok=True)
         trace = self._files.with_suffix(".json")
-        self._profiler.export_chrome_trace(str(trace))
+        if self._is_main:
+            self._profiler.export_chrome_trace(str(trace))
         events = list(self._profiler.events() or [])
         self._files.with_suffix(".txt").write_text(table(events, self._steps - self._left), encoding="utf-8")
         self._profiler, self._left = None, 0

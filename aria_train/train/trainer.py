@@ -36,7 +36,7 @@ from aria_train.moe.experts import use_fp8
 from aria_train.parallel import checkpoint
 from aria_train.parallel.checkpoint import Saver
 from aria_train.parallel.collectives import sum_over_ranks
-from aria_train.parallel.mesh import build_meshes, init_process_group, pick_device
+from aria_train.parallel.mesh import build_meshes, init_process_group, pick_device, set_patience
 from aria_train.parallel.shard import parallelize, set_last_micro_batch
 from aria_train.train.adapters import base_mark, base_of, load_whole, write_adapter_folder
 from aria_train.train.console import Console, peak_memory_gib
@@ -49,7 +49,7 @@ from aria_train.train.profile import Profile, part
 from aria_train.train.pulse import Pulse
 from aria_train.train.rollback import roll_back
 from aria_train.train.state import TrainState, check_resumable
-from aria_train.train.watchdog import Watchdog
+from aria_train.train.watchdog import Watchdog, folder_of_reports
 
 
 class Trainer:
@@ -60,6 +60,7 @@ class Trainer:
         if replay_step is None:
             _claim(self.run_dir)
         self.device = pick_device(config.train.device)
+        set_patience(config.guard.hang_minutes)
         init_process_group(self.device)
         check_world(config, dist.get_world_size())
         self.meshes = build_meshes(config.parallel, self.device)
@@ -74,7 +75,7 @@ class Trainer:
         self.guard = Guard(config.guard, self.state.guard)
         self.pulse = Pulse(self.meshes, config.checkpoint.interval_minutes)
         self.saver = Saver(config.checkpoint.asynchronous, self.console.message)
-        hangs = self.run_dir / "logs" / "hangs"
+        hangs = folder_of_reports(self.run_dir)
         self.watchdog = Watchdog(config.guard.hang_minutes * 60, self.meshes.rank, self.meshes.world_size, hangs)
         self.probes = Probes(config, self.meshes)
         watched = config.train.profile if replay_step is None else 0

@@ -21,6 +21,7 @@ def test_what_is_written_is_read_in_every_dtype(tmp_path: Path, dtype: np.dtype)
     assert corpus.dtype == dtype
     assert contents(corpus) == DOCUMENTS
     assert corpus.document_lengths().tolist() == [3, 0, 1, 4, 2]
+    assert corpus.lengths_of(np.array([4, 1, 0, 4])).tolist() == [2, 0, 3, 2]
     assert corpus.num_tokens == 10
 
 
@@ -31,6 +32,7 @@ def test_part_of_a_document_of_many_sequences(tmp_path: Path) -> None:
     corpus = IndexedCorpus(tmp_path / "a")
     assert corpus.read(0, 2, 8).tolist() == [2, 3, 4, 5, 6, 7]
     assert corpus.read(0, 8).tolist() == [8, 9]
+    assert corpus.lengths_of(np.array([0, 0])).tolist() == [10, 10]
 
 
 def test_sequences_need_not_lie_in_order(tmp_path: Path) -> None:

@@ -367,9 +367,12 @@ def test_samples_come_back_as_written_over_many_files(tmp_path, monkeypatch):
     assert len(reader.meta["files"]) > 3
     assert len(reader) == 50
     np.testing.assert_array_equal(reader.lengths(), [len(sample.token_ids) for sample in samples])
-    for row in np.random.default_rng(0).permutation(50).tolist():
+    for row in np.random.default_rng(0).permutation(50).tolist() * 2:
         found, expected = reader.sample(row), samples[row]
+        reader._open_shard.cache_clear()  # as where there are more files than are kept open
+        reader._open_batch.cache_clear()
         np.testing.assert_array_equal(found.token_ids, expected.token_ids)
         np.testing.assert_array_equal(found.loss, expected.loss)
         assert (found.images, found.placements) == (expected.images, expected.placements)
         assert (found.category, found.origin) == (expected.category, expected.origin)
+        assert (reader.length(row), reader.placements(row)) == (len(expected.token_ids), expected.placements)

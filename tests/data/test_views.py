@@ -181,3 +181,22 @@ def test_text_sources_by_length_have_plans_of_their_own(tmp_path: Path) -> None:
     assert len(long) < len(everything)
     assert documents(opened(tmp_path, path)) == everything
     assert documents(opened(tmp_path, path, min_tokens=41)) == long
+
+
+def test_what_is_in_a_view_is_found_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = captions(tmp_path / "captions")
+    options: list[dict[str, Any]] = [
+        {"max_tokens": 12},
+        {"concatenate": 3},
+        {"max_tokens": 12, "concatenate": "window"},
+    ]
+    expected = [documents(opened(tmp_path, path, **chosen)) for chosen in options]
+    assert len({str(found) for found in expected}) == 3
+
+    def refuse(reader: Reader) -> Any:
+        raise AssertionError("all lengths are read again")
+
+    monkeypatch.setattr(Reader, "lengths", refuse)
+    assert [documents(opened(tmp_path, path, **chosen)) for chosen in options] == expected
+    with pytest.raises(AssertionError):
+        opened(tmp_path, path, max_tokens=13)

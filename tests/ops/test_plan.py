@@ -311,8 +311,12 @@ def test_the_plan_of_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     speed = said["speed"]
     assert speed["tokens_per_second"] == pytest.approx(1024 * 989e12 * 0.5 / speed["flops_per_token"])
     assert speed["days"] == pytest.approx(1000 * 4096 * 32 / speed["tokens_per_second"] / 86400)
+    assert said["host_bytes"] == said["memory_bytes"]["master_weights"] + said["memory_bytes"]["optimizer"]
+    assert plan_of(capsys, path, "checkpoint.asynchronous=false", "--gpus", "1024")["host_bytes"] == 0
     assert main(["plan", path, "--gpus", "1024"]) == 0
-    assert "fits" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "fits" in text
+    assert "on a node of 8" in text
 
 
 def test_what_is_suggested_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from aria_train.cli import main
 from aria_train.config import RunConfig, dump_config
 from aria_train.train.profile import WARM_UP
 from aria_train.train.session import run_stage
+from tests.distributed import run_distributed
 from tests.tiny import read_steps, tiny_config, unequal_corpora, with_values
 
 PARTS = {
@@ -52,6 +53,12 @@ def test_the_trace_holds_the_watched_steps_alone(watched: RunConfig) -> None:
     names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     assert names.count("step") == 2
     assert names.count("part: experts") == names.count("part: router") > 0
+
+
+@pytest.mark.distributed
+def test_all_ranks_write_a_table_and_the_first_a_trace(watched: RunConfig, tmp_path: Path) -> None:
+    run_distributed(run_stage, 2, with_values(watched, train={"run_dir": str(tmp_path)}))
+    assert sorted(file.name for file in (tmp_path / "profile").iterdir()) == ["rank0.json", "rank0.txt", "rank1.txt"]
 
 
 def test_watching_changes_nothing(watched: RunConfig, tmp_path: Path) -> None:

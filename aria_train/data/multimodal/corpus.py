@@ -45,9 +45,10 @@ class MultimodalSource:
         self._context_length, self._model = config.train.context_length, config.model
         path = source.path if isinstance(source.path, str) else source.path[0]
         try:
-            self.reader = open_reader(source, Path(path), self._context_length, config.train.seed)
+            places = [Path(path) / "packing", Path(config.train.run_dir) / "packing"]
+            self.reader = open_reader(source, Path(path), self._context_length, config.train.seed, places)
             check_fits(self.reader, self._model)
-            self.plan = self._plan(config)
+            self.plan = self._plan(config.train.seed, places)
         except DataError as error:
             raise DataError(f"source {source.name!r}: {error}") from None
         self.num_windows = len(self.plan.starts) - 1
@@ -58,13 +59,12 @@ class MultimodalSource:
     # -----------------------------------------------------------------------------------------------------------------
     # Opening
 
-    def _plan(self, config: RunConfig) -> PackingPlan:
+    def _plan(self, seed: int, places: list[Path]) -> PackingPlan:
         folder, meta = self.reader.folder, self.reader.meta
-        parts = [PLAN_VERSION, _CUTTING_VERSION, self._context_length, config.train.seed]
+        parts = [PLAN_VERSION, _CUTTING_VERSION, self._context_length, seed]
         parts += [meta["divisible"], meta["fingerprint"]]
         key = f"{self._context_length}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
-        places = [folder / "packing", Path(config.train.run_dir) / "packing"]
-        plan = cached_plan(places, key, lambda: plan_samples(self.reader, self._context_length, config.train.seed))
+        plan = cached_plan(places, key, lambda: plan_samples(self.reader, self._context_length, seed))
         if len(plan.starts) == 1:
             raise DataError(
                 f"{folder}: none of its {len(self.reader):,} samples fits a window of {self._context_length} tokens "

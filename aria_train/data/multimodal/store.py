@@ -13,6 +13,7 @@ import hashlib
 import json
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from aria_train.data.multimodal.images import ImageLayout
+from aria_train.data.packing import Arrays, cached_arrays
 from aria_train.errors import DataError
 
 KIND, VERSION = "multimodal", 1
@@ -45,6 +47,8 @@ SCHEMA = pa.schema(
 )
 """`num_images` counts what the encoder sees: a split image counts once per crop."""
 
+_LAYOUT_VERSION = 1
+"""Part of the name of what is kept of a corpus: raise it when other things are kept."""
 _BATCH_BYTES = 16 << 20
 _SHARD_BYTES = 4 << 30
 
@@ -192,10 +196,14 @@ def _to_batch(rows: list[Sample]) -> pa.RecordBatch:
 
 
 class Reader:
-    """A prepared folder, memory-mapped. Safe to read from many threads. Raises DataError for one that is not whole."""
+    """A prepared folder, memory-mapped. Safe to read from many threads. Raises DataError for one that is not whole.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    How long samples are and where their images stand is copied out of the files when that is first asked for, and kept
+    in the first of the folders `kept_in` that is writable.
+    """
+
+    def __init__(self, folder: Path, kept_in: Sequence[Path] = ()) -> None:
+        self.folder, self._kept_in = folder, kept_in
         self.meta = _read_meta(folder)
         self._first_rows = np.cumsum([0, *(shard["rows"] for shard in self.meta["files"])]).tolist()
         for shard in self.meta["files"]:
@@ -207,6 +215,9 @@ class Reader:
                     "copy the whole folder again, or prepare it again with `aria-train data prepare`."
                 )
         self._lock = threading.Lock()
+        self._starts: dict[int, NDArray[np.int64]] = {}
+        """By shard: rows before each of its batches, and then all. To find them out every batch is looked at, so they
+        are kept when the file is let go."""
         # An evicted file stays mapped for as long as anything read from it is in use.
         self._open_shard = functools.lru_cache(maxsize=64)(self._map_shard)
         self._open_batch = functools.lru_cache(maxsize=256)(self._map_batch)
@@ -222,13 +233,12 @@ class Reader:
 
     def length(self, row: int) -> int:
         """Tokens of sample `row`."""
-        columns, at = self._find(row)
-        return len(columns.token_ids[at])
+        return int(self._layout["lengths"][row])
 
     def placements(self, row: int) -> list[Placement]:
         """The images of sample `row`."""
-        columns, at = self._find(row)
-        return columns.placements(at)
+        ends = self._layout["ends"]
+        return _placements(self._layout["placements"][ends[row] : ends[row + 1]])
 
     def sample(self, row: int) -> Sample:
         """Sample `row`; arrays are read-only views of the file."""
@@ -242,33 +252,52 @@ class Reader:
             origin=columns.origin[at].as_py(),
         )
 
+    @functools.cached_property
+    def _layout(self) -> Arrays:
+        """Of all samples: `lengths` int32 [samples]; `placements` int32 [images, 5] as in the schema, of which those of
+        sample n are `ends[n]:ends[n + 1]`. In the files they lie between images, a look-up of some pages each."""
+        parts = [_LAYOUT_VERSION, self.meta["fingerprint"]]
+        return cached_arrays(self._kept_in, "layout", parts, self._read_layout)
+
+    def _read_layout(self) -> Arrays:
+        batches = [batch for shard in range(len(self.meta["files"])) for batch in self._batches(shard)]
+        counts = [np.diff(batch.column("placements").offsets.to_numpy()) for batch in batches]
+        return {
+            "lengths": self.lengths(),
+            "ends": np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts])),
+            "placements": np.concatenate([np.empty((0, 5), np.int32), *map(_placement_rows, batches)]),
+        }
+
     def _find(self, row: int) -> tuple[_Columns, int]:
         assert 0 <= row < len(self), f"sample {row} of {len(self)}"
         shard = bisect.bisect_right(self._first_rows, row) - 1
         with self._lock:  # Arrow's file reader is not safe to share between threads; the batches it gives are
-            _, starts = self._open_shard(shard)
-            local = row - self._first_rows[shard]
-            number = bisect.bisect_right(starts, local) - 1
-            return self._open_batch(shard, number), local - starts[number]
+            if shard not in self._starts:
+                self._open_shard(shard)
+            starts, local = self._starts[shard], row - self._first_rows[shard]
+            number = int(np.searchsorted(starts, local, side="right")) - 1
+            return self._open_batch(shard, number), local - int(starts[number])
 
-    def _map_shard(self, shard: int) -> tuple[Any, list[int]]:
+    def _map_shard(self, shard: int) -> Any:
         path = self.folder / self.meta["files"][shard]["file"]
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             if reader.schema != SCHEMA:
                 raise DataError(f"{path}: its columns are not those of a prepared corpus. Prepare it again.")
-            rows = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
+            if shard not in self._starts:
+                rows = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
+                self._starts[shard] = np.cumsum([0, *rows])
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: not readable as Arrow ({error}). Copy or prepare the corpus again.") from None
-        return reader, np.cumsum([0, *rows]).tolist()
+        return reader
 
     def _map_batch(self, shard: int, number: int) -> _Columns:
-        return _Columns(self._open_shard(shard)[0].get_batch(number))
+        return _Columns(self._open_shard(shard).get_batch(number))
 
     def _batches(self, shard: int) -> list[pa.RecordBatch]:
         with self._lock:
-            reader, starts = self._open_shard(shard)
-            return [reader.get_batch(number) for number in range(len(starts) - 1)]
+            reader = self._open_shard(shard)
+            return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -298,19 +327,27 @@ class _Columns:
         self.category, self.origin = batch.column("category"), batch.column("origin")
         self._images, placements = batch.column("images"), batch.column("placements")
         self._image_ends, self._placement_ends = (c.offsets.to_numpy() for c in (self._images, placements))
-        fields = (placements.values.field(item.name).to_numpy() for item in placements.type.value_type)
-        self._placements = np.stack(list(fields), axis=1)
+        self._placements = _placement_rows(batch)
 
     def images(self, row: int) -> list[bytes]:
         files = self._images.values
         return [files[at].as_py() for at in range(self._image_ends[row], self._image_ends[row + 1])]
 
     def placements(self, row: int) -> list[Placement]:
-        mine = self._placements[self._placement_ends[row] : self._placement_ends[row + 1]].tolist()
-        return [
-            Placement(start, ImageLayout(size, num_queries, (height, width) if height else None))
-            for start, size, num_queries, height, width in mine
-        ]
+        return _placements(self._placements[self._placement_ends[row] : self._placement_ends[row + 1]])
+
+
+def _placement_rows(batch: pa.RecordBatch) -> NDArray[np.int32]:
+    """int32 [images, 5]: the fields of all placements of a batch."""
+    column = batch.column("placements")
+    return np.stack([column.values.field(item.name).to_numpy() for item in column.type.value_type], axis=1)
+
+
+def _placements(rows: NDArray[np.int32]) -> list[Placement]:
+    return [
+        Placement(start, ImageLayout(size, num_queries, (height, width) if height else None))
+        for start, size, num_queries, height, width in rows.tolist()
+    ]
 
 
 class _Lists:

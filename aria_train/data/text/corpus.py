@@ -134,11 +134,14 @@ class TextSource:
 
     def work(self, position: int) -> float:
         pieces = slice(int(self.plan.starts[position]), int(self.plan.starts[position + 1]))
-        lengths = []
-        for document, piece in zip(self.plan.documents[pieces].tolist(), self.plan.pieces[pieces].tolist()):
-            which = bisect.bisect_right(self._first_document, document) - 1
-            tokens = self.corpora[which].document_length(document - self._first_document[which])
-            lengths.append(min(tokens - 1 - piece * self._context_length, self._context_length))
+        documents = self.plan.documents[pieces]
+        which = np.searchsorted(self._first_document, documents, side="right") - 1
+        tokens = np.empty(len(documents), np.int64)
+        for number in np.unique(which).tolist():
+            mine = which == number
+            tokens[mine] = self.corpora[number].lengths_of(documents[mine] - self._first_document[number])
+        left = tokens - 1 - self.plan.pieces[pieces].astype(np.int64) * self._context_length
+        lengths = np.minimum(left, self._context_length)
         return forward_flops(lengths, [], self._model)
 
     def _read_piece(self, document: int, start: int) -> NDArray[np.int32]:

@@ -163,10 +163,13 @@ class IndexedCorpus:
         np.cumsum(self.lengths, out=ends[1:])
         return np.diff(ends[self.document_indices])
 
-    def document_length(self, document: int) -> int:
-        """Tokens of one document."""
-        first, last = int(self.document_indices[document]), int(self.document_indices[document + 1])
-        return int(self.lengths[first:last].sum(dtype=np.int64))
+    def lengths_of(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [n]: tokens of these documents."""
+        first, behind = self.document_indices[documents], self.document_indices[documents + 1]
+        counts = behind - first
+        sequences = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        ends = np.append(0, np.cumsum(self.lengths[sequences], dtype=np.int64))
+        return np.diff(ends[np.append(0, np.cumsum(counts))])
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray:
         """Tokens `start:stop` of a document, in the corpus's own dtype; a view of the file where possible."""
