@@ -61,8 +61,8 @@ class Bench:
 
     def newest(self, config: RunConfig) -> int:
         """Step of the newest intact checkpoint."""
-        folder, _ = checkpoint.newest_intact(checkpoint.home_of(config))
-        return checkpoint.read_manifest(folder).step if folder is not None else 0
+        newest, _ = checkpoint.newest_intact(checkpoint.home_of(config))
+        return newest.step if newest is not None else 0
 
     def steps_lost(self, config: RunConfig) -> int:
         """Steps taken beyond the newest intact checkpoint."""

@@ -12,7 +12,7 @@ from aria_train.config import RunConfig
 from aria_train.errors import CheckpointError
 from aria_train.model import AriaModel
 from aria_train.parallel import checkpoint
-from aria_train.parallel.checkpoint import Folder, Manifest
+from aria_train.parallel.checkpoint import Entry, Folder, Manifest
 from aria_train.train.adapters import BASE
 from aria_train.train.guard import GuardState
 
@@ -72,15 +72,17 @@ class TrainState:
             guard=asdict(self.guard),
         )
 
-    def load(self, folder: Folder) -> None:
+    def load(self, entry: Entry[Folder]) -> None:
         """Takes over everything from a checkpoint of the same run that was just verified, at any layout. Collective."""
-        manifest = checkpoint.read_manifest(folder)
+        folder, manifest = entry.folder, entry.manifest
+        assert manifest is not None, "complete"
         self.step = manifest.step
         # In place: the guard holds on to its state.
         vars(self.guard).update(vars(GuardState(**manifest.guard)))
-        stored = checkpoint.stored_shapes(folder)
+        index = checkpoint.read_index(folder)
+        stored = checkpoint.stored_shapes(folder, index)
         self.taken_over = {name for name, _ in self._trained() if f"optimizer.{name}.step" in stored}
-        checkpoint.load(folder, self.tensors(), verified=True)
+        checkpoint.load(folder, self.tensors(), verified=True, index=index)
         for name, parameter in self._trained():
             if name not in self.taken_over:
                 self.optimizer.state[parameter]["step"].fill_(float(self.updates))
@@ -90,7 +92,8 @@ class TrainState:
 
         Returns a sentence about them; raises CheckpointError if there are none.
         """
-        stored = checkpoint.stored_shapes(folder)
+        index = checkpoint.read_index(folder)
+        stored = checkpoint.stored_shapes(folder, index)
         self.taken_over = {name for name, _ in self._trained() if f"optimizer.{name}.exp_avg" in stored}
         if not self.taken_over:
             raise CheckpointError(
@@ -101,7 +104,8 @@ class TrainState:
             for name, tensor in self.tensors().items()
             if name.startswith("optimizer.") and name.removeprefix("optimizer.").rpartition(".")[0] in self.taken_over
         }
-        checkpoint.load(folder, {name: tensor for name, tensor in tensors.items() if name in stored}, parts=())
+        found = {name: tensor for name, tensor in tensors.items() if name in stored}
+        checkpoint.load(folder, found, parts=(), index=index)
         steps = float(checkpoint.read_manifest(folder).updates)
         for name in tensors.keys() - stored.keys():
             tensors[name].fill_(steps)
@@ -128,9 +132,10 @@ _FREE = {
 }  # fmt: skip
 
 
-def check_resumable(config: RunConfig, sources: dict[str, int], folder: Folder) -> None:
+def check_resumable(config: RunConfig, sources: dict[str, int], entry: Entry[Folder]) -> None:
     """Refuses to go on from a checkpoint under a configuration that would make another run of it."""
-    manifest = checkpoint.read_manifest(folder)
+    folder, manifest = entry.folder, entry.manifest
+    assert manifest is not None, "complete"
     before, now = _binding(manifest.config), _binding(config.model_dump(mode="json"))
     differing = [
         f"{key}: {before.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"

@@ -34,7 +34,7 @@ from aria_train.model.aria import part_of
 from aria_train.model.lora import add_adapters, is_adapter
 from aria_train.moe.experts import use_fp8
 from aria_train.parallel import checkpoint
-from aria_train.parallel.checkpoint import Saver
+from aria_train.parallel.checkpoint import Entry, Saver
 from aria_train.parallel.collectives import sum_over_ranks
 from aria_train.parallel.mesh import build_meshes, init_process_group, pick_device
 from aria_train.parallel.shard import parallelize, set_last_micro_batch
@@ -66,8 +66,8 @@ class Trainer:
         self.is_main = self.meshes.rank == 0
         self.console = Console(config.total_steps, enabled=self.is_main)
         self.home = checkpoint.home_of(config)
-        newest, self.torn = checkpoint.newest_intact(self.home, before=replay_step)
-        start_step = checkpoint.read_manifest(newest).step if newest is not None else 0
+        newest, self.passed = checkpoint.newest_intact(self.home, before=replay_step)
+        start_step = newest.step if newest is not None else 0
         self.loader = Loader(config, self.meshes.rank, self.meshes.world_size, start_step)
         self.state = self._build_state()
         self._fill_state(newest)
@@ -215,17 +215,17 @@ class Trainer:
     def _windows_per_epoch(self) -> dict[str, int]:
         return {source.name: source.num_windows for source in self.loader.sources}
 
-    def _fill_state(self, newest: checkpoint.Folder | None) -> None:
+    def _fill_state(self, newest: Entry[checkpoint.Folder] | None) -> None:
         """Goes on from the newest complete checkpoint of the run directory; else starts from weights or from noise."""
         config = self.config
-        for sentence in self.torn:
-            self.console.message(sentence)
+        for entry in self.passed:
+            self.console.message(entry.remark)
         if newest is not None:
             check_resumable(config, self.state.sources, newest)
             if config.train.lora is not None:
-                self._lay_base(base_of(newest), fill=True)
+                self._lay_base(base_of(newest.folder), fill=True)
             self.state.load(newest)
-            self.console.message(f"resumed from {newest}")
+            self.console.message(f"resumed from {newest.folder}")
             return
         if config.train.lora is not None:
             if config.checkpoint.init_from is None:
@@ -308,7 +308,10 @@ class Trainer:
         if self.is_main:
             if self.config.train.lora is not None:
                 write_adapter_folder(folder, self.run_dir / "adapter")
-            checkpoint.prune(self.home, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_steps)
+            try:
+                checkpoint.prune(self.home, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_steps)
+            except Exception as error:  # Old checkpoints that stay are no reason to end; stores may raise anything.
+                self.console.message(f"older checkpoints could not be removed: {error!s:.300}")
 
     def close(self) -> None:
         """Lets go of threads and files."""

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import secrets
 import shutil
 import zlib
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,6 +27,7 @@ from aria_train.errors import CheckpointError
 from aria_train.parallel import checkpoint
 from aria_train.parallel.checkpoint import Folder, Manifest, SaveFailed, Saver
 from aria_train.parallel.checkpoint import reading as checkpoint_reading
+from aria_train.parallel.checkpoint import shelf as checkpoint_shelf
 from aria_train.parallel.checkpoint.manifest import decode, encode
 from tests.distributed import run_distributed
 
@@ -93,9 +96,10 @@ def test_any_flipped_bit_in_any_file_is_refused_by_name(home: Path, which: int, 
         with pytest.raises(CheckpointError, match=file.name):
             checkpoint.verify(file.parent)
         newest, passed = checkpoint.newest_intact(home)
-        assert newest == checkpoint.folder_of_step(home, 2)
+        assert newest is not None
+        assert newest.folder == checkpoint.folder_of_step(home, 2)
         assert len(passed) == 1
-        assert file.name in passed[0]
+        assert file.name in passed[0].problem
     finally:
         flip(file, at, bit)
     checkpoint.verify(file.parent)
@@ -112,7 +116,9 @@ def test_a_file_of_another_length_is_refused_by_name(home: Path, name: str, dama
         file.write_bytes({"truncated": content[:-1], "longer": content + b"\n", "empty": b""}[damage])
     with pytest.raises(CheckpointError, match=name):
         checkpoint.verify(file.parent)
-    assert checkpoint.latest(home)[0] == checkpoint.folder_of_step(home, 2)
+    newest, _ = checkpoint.latest(home)
+    assert newest is not None
+    assert newest.step == 2
 
 
 def try_to_load(folder: str) -> str:
@@ -293,7 +299,7 @@ def save_at_url(url: str, steps: list[int]) -> list[float]:
     newest, passed = checkpoint.newest_intact(home)
     assert newest is not None
     assert not passed
-    return load_some(newest)
+    return load_some(newest.folder)
 
 
 @pytest.mark.distributed
@@ -306,10 +312,13 @@ def test_checkpoints_behind_a_url(tmp_path: Path) -> None:
     # The manifest is written last: without it there is no checkpoint.
     (local / "manifest.json").unlink()
     newest, passed = checkpoint.latest(home)
-    assert str(newest) == f"{url}/checkpoints/step_00000002"
-    assert "its writing was interrupted" in passed[0]
+    assert newest is not None
+    assert str(newest.folder) == f"{url}/checkpoints/step_00000002"
+    assert "its writing was interrupted" in passed[0].problem
     flip(local.with_name("step_00000002") / "__0_0.distcp", 300)
-    assert str(checkpoint.newest_intact(home)[0]) == f"{url}/checkpoints/step_00000001"
+    intact, _ = checkpoint.newest_intact(home)
+    assert intact is not None
+    assert str(intact.folder) == f"{url}/checkpoints/step_00000001"
     assert [str(folder) for folder in checkpoint.prune(home, keep_last=1)] == [
         f"{url}/checkpoints/step_00000001",
         f"{url}/checkpoints/step_00000003",
@@ -336,17 +345,81 @@ def test_prune_keeps_the_newest_multiples_the_last_good_one_and_damaged_ones(tmp
     for step in (30, 35):
         write(step, streak=2)
     (write(12) / "data").unlink()
-    checkpoint.folder_of_step(tmp_path, 40).with_name("step_00000040.writing").mkdir()
+    for name in ("step_00000040.writing", "step_00000041.removing"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    damaged = write(45)
+    (damaged / "manifest.json").unlink()
     gone = checkpoint.prune(tmp_path, keep_last=2, keep_every_steps=10, unfinished=False)
     assert [folder.name for folder in gone] == ["step_00000005", "step_00000015"]
     gone = checkpoint.prune(tmp_path, keep_last=2)
-    assert [folder.name for folder in gone] == ["step_00000010", "step_00000020", "step_00000040.writing"]
+    assert [folder.name for folder in gone] == [
+        "step_00000010",
+        "step_00000020",
+        "step_00000040.writing",
+        "step_00000041.removing",
+    ]
     assert [entry.folder.name for entry in checkpoint.entries(tmp_path)] == [
         "step_00000012",  # damaged
         "step_00000025",  # the last good one
         "step_00000030",
         "step_00000035",
+        "step_00000045",  # damaged
     ]
+
+
+@pytest.fixture
+def remote() -> checkpoint.Folder:
+    """Checkpoints of steps 1, 2 and 3 in a store without renames, and a fourth that is being written."""
+    home = checkpoint.locate(f"memory://{secrets.token_hex(4)}")
+    for step in (1, 2, 3, 4):
+        folder = checkpoint.folder_of_step(home, step)
+        told = manifest(step)
+        told.files = {"data": {"bytes": 1, "crc32": zlib.crc32(b"x")}}
+        for name, content in (("data", b"x"), ("manifest.json", encode(told)))[: 1 if step == 4 else 2]:
+            with (folder / name).open("wb") as file:
+                file.write(content)
+    return home
+
+
+def steps_of(home: Folder) -> list[int]:
+    return [entry.step for entry in checkpoint.entries(home) if entry.manifest]
+
+
+def test_what_a_store_does_not_answer_about_is_not_removed(
+    remote: Folder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise OSError("503 slow down")
+
+    assert steps_of(remote) == [1, 2, 3]
+    for broken in ("info", "open", "ls"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryFileSystem, broken, fail)
+            if broken == "ls":
+                for act in (lambda: checkpoint.prune(remote, 10), lambda: checkpoint.newest_intact(remote)):
+                    with pytest.raises(CheckpointError, match="cannot be listed.*503"):
+                        act()
+                assert main(["checkpoint", "list", str(remote)]) == 2
+                assert "503" in capsys.readouterr().err
+            else:
+                checkpoint.prune(remote, 10)
+        assert steps_of(remote) == [1, 2, 3]
+    assert [str(folder) for folder in checkpoint.prune(remote, 2)] == [f"{remote}/checkpoints/step_00000001"]
+    assert len(checkpoint.entries(remote)) == 2, "what was being written is gone"
+
+
+def test_a_store_lists_a_checkpoint_once(remote: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And reads the newest one's manifest alone, however many there are."""
+    listed, read = [], []
+    ls, read_manifest = MemoryFileSystem.ls, checkpoint_shelf.read_manifest
+    monkeypatch.setattr(MemoryFileSystem, "ls", lambda fs, path, **o: listed.append(path) or ls(fs, path, **o))
+    monkeypatch.setattr(checkpoint_shelf, "read_manifest", lambda folder: read.append(folder) or read_manifest(folder))
+    newest, passed = checkpoint.latest(remote)
+    assert newest is not None
+    assert newest.step == 3
+    assert [entry.problem for entry in passed] == ["its writing was interrupted"]
+    assert len(listed) == 3
+    assert len(read) == 1
 
 
 def test_commands(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,7 @@ def test_damaged_checkpoints_do_not_count_among_those_kept(copy: RunConfig) -> N
     run(config)
     newest, _ = checkpoint.latest(Path(config.train.run_dir))
     assert newest is not None
-    assert newest.name == "step_00000003"
+    assert newest.step == 3
 
 
 def test_only_the_last_checkpoints_are_kept(finished: RunConfig, tmp_path: Path) -> None:
@@ -273,4 +273,5 @@ def saved(run_dir: Path, name: str | None = None) -> dict[str, torch.Tensor]:
     from tests.train.test_resume import saved_tensors
 
     newest, _ = checkpoint.latest(run_dir)
-    return saved_tensors(run_dir / "checkpoints" / name if name else newest)
+    assert newest is not None
+    return saved_tensors(run_dir / "checkpoints" / name if name else newest.folder)

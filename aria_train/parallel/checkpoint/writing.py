@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aria_train.errors import CheckpointError
 from aria_train.parallel.checkpoint.manifest import MANIFEST, Manifest, encode
-from aria_train.parallel.checkpoint.reading import fingerprint
+from aria_train.parallel.checkpoint.reading import INDEX, fingerprint
 from aria_train.parallel.checkpoint.storage import (
     Folder,
     RemotePath,
@@ -29,7 +29,7 @@ from aria_train.parallel.checkpoint.storage import (
 )
 from aria_train.parallel.collectives import gather_objects
 
-WRITING = ".writing"
+WRITING, REMOVING = ".writing", ".removing"
 
 
 class SaveFailed(CheckpointError):
@@ -59,9 +59,10 @@ def save(
 
     def read_back() -> None:
         # Still in the page cache; together the ranks cover every file once.
-        for path in writing.iterdir():
-            if _owner(path.name) == dist.get_rank(group):
-                files[path.name] = fingerprint(path)
+        for name in (f"__{dist.get_rank(group)}_0.distcp", *([INDEX] if is_first else [])):
+            # A rank that holds no part of any tensor writes no file.
+            with contextlib.suppress(FileNotFoundError):
+                files[name] = fingerprint(writing / name)
 
     def publish() -> None:
         if is_first:
@@ -134,11 +135,14 @@ def _publish(writing: Folder, target: Folder, manifest: Manifest) -> None:
 
 
 def discard(folder: Folder) -> None:
-    """Removes a folder. The manifest goes first, so that what a kill leaves half removed is no checkpoint."""
-    (folder / MANIFEST).unlink(missing_ok=True)
+    """Removes a folder, if it is there. It is renamed first or, in a store, its manifest goes first: what a kill leaves
+    half removed is no checkpoint, and known as such."""
+    if isinstance(folder, RemotePath):
+        (folder / MANIFEST).unlink(missing_ok=True)
+    elif not folder.name.endswith((WRITING, REMOVING)):
+        going = folder.with_name(folder.name + REMOVING)
+        remove_tree(going)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(going)
+        folder = going
     remove_tree(folder)
-
-
-def _owner(name: str) -> int:
-    """Data files are named `__RANK_N.distcp`; rank 0 writes the rest."""
-    return int(name.split("_")[2]) if name.endswith(".distcp") else 0
