@@ -75,7 +75,11 @@ class Probes:
 
     def _write(self, name: str, step: int, result: dict[str, Any], draw: Callable[[Path], None] | None) -> None:
         if self.meshes.rank == 0:
-            write_report(Path(self.config.train.run_dir) / "report", f"{name}_step_{step:08d}", result, draw)
+            folder = Path(self.config.train.run_dir) / "report"
+            try:
+                write_report(folder, f"{name}_step_{step:08d}", result, draw)
+            except OSError as error:  # A full disk is no reason to end; the figures are in the metrics.
+                print(f"{folder}: {name} of step {step} cannot be written: {error}", file=sys.stderr, flush=True)
 
 
 def batch_tokens(config: RunConfig) -> int:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from aria_train.errors import UserError
+from aria_train.errors import ConfigError, UserError
 
 _REPORTED = "reported"
 """Counter in the job's store of the ranks that have left with an error of the user's."""
+
+
+def check_launcher() -> None:
+    """Raises ConfigError where SLURM has started several processes that do not know of each other."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "RANK" not in os.environ:
+        raise ConfigError(
+            f"srun started {tasks} processes, each of which would train on its own in the same run directory. Submit "
+            "the run with `aria-train launch CONFIG`, or have srun start one launcher per node: launch/torchrun.sh."
+        )
 
 
 @contextmanager

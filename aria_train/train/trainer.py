@@ -13,7 +13,7 @@ So a resumed run repeats nothing and skips nothing.
 
 from __future__ import annotations
 
-import tempfile
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,11 @@ from aria_train.model.lora import add_adapters, is_adapter
 from aria_train.moe.experts import use_fp8
 from aria_train.parallel import checkpoint
 from aria_train.parallel.checkpoint import Entry, Saver
-from aria_train.parallel.collectives import sum_over_ranks
+from aria_train.parallel.collectives import broadcast_object, sum_over_ranks
 from aria_train.parallel.mesh import build_meshes, init_process_group, pick_device
 from aria_train.parallel.shard import parallelize, set_last_micro_batch
 from aria_train.train.adapters import base_mark, base_of, load_whole, write_adapter_folder
+from aria_train.train.claim import RunLock, check_fresh_start, check_storage, make_run_dir, not_writable
 from aria_train.train.console import Console, peak_memory_gib
 from aria_train.train.guard import Guard
 from aria_train.train.initial import fill_weights
@@ -57,8 +58,17 @@ class Trainer:
         """With `replay_step`, on the way to a step that was taken before: nothing is written."""
         self.config = config
         self.run_dir = Path(config.train.run_dir)
+        self.lock = RunLock(self.run_dir)
+        try:
+            self._start(replay_step)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _start(self, replay_step: int | None) -> None:
+        config = self.config
         if replay_step is None:
-            _claim(self.run_dir)
+            make_run_dir(self.run_dir)
         self.device = pick_device(config.train.device)
         init_process_group(self.device)
         check_world(config, dist.get_world_size())
@@ -66,7 +76,11 @@ class Trainer:
         self.is_main = self.meshes.rank == 0
         self.console = Console(config.total_steps, enabled=self.is_main)
         self.home = checkpoint.home_of(config)
+        if replay_step is None:
+            broadcast_object(lambda: self.lock.acquire(self.console.message))
         newest, self.passed = checkpoint.newest_intact(self.home, before=replay_step)
+        if replay_step is None:
+            broadcast_object(lambda: self._check_start(newest))
         start_step = newest.step if newest is not None else 0
         self.loader = Loader(config, self.meshes.rank, self.meshes.world_size, start_step)
         self.state = self._build_state()
@@ -80,9 +94,26 @@ class Trainer:
         watched = config.train.profile if replay_step is None else 0
         self.profile = Profile(watched, self.run_dir, self.meshes.rank, self.state.model, self.console.message)
         self.writer: MetricsWriter | None = None
-        if self.is_main and replay_step is None:
-            (self.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-            self.writer = MetricsWriter(self.run_dir, config.logging, config.model_dump(mode="json"), start_step)
+        if replay_step is None:
+            broadcast_object(lambda: self._open_record(start_step))
+
+    def _check_start(self, newest: Entry[checkpoint.Folder] | None) -> None:
+        if newest is None:
+            check_fresh_start(self.config, self.passed)
+        check_storage(self.config)
+
+    def _open_record(self, start_step: int) -> None:
+        """On the first rank: `config.yaml`, and the metrics."""
+        config = self.config
+        try:
+            # At once, or the next start could not tell what this one ran with.
+            aside = self.run_dir / "config.yaml.new"
+            aside.write_text(dump_config(config), encoding="utf-8")
+            os.replace(aside, self.run_dir / "config.yaml")
+            values = config.model_dump(mode="json")
+            self.writer = MetricsWriter(self.run_dir, config.logging, values, start_step, self.console.message)
+        except OSError as error:
+            raise not_writable(self.run_dir, error) from None
 
     def run(self) -> None:
         """Trains to the last step; saves and evaluates on the way and at the end.
@@ -90,26 +121,28 @@ class Trainer:
         Raises Stopped, when all is saved, if a rank is asked to stop before.
         """
         config, state = self.config, self.state
-        if state.step >= config.total_steps:
-            self.console.message(f"already complete: {state.step} of {config.total_steps} steps")
-            return
-        self.console.start(state.step)
-        self.watchdog.start(state.step)
         try:
-            if state.step == 0:
-                self._evaluate()
+            if state.step >= config.total_steps:
+                self.console.message(f"already complete: {state.step} of {config.total_steps} steps")
+            else:
+                self.console.start(state.step)
+                self.watchdog.start(state.step)
+            self._make_up_evaluation()
             while state.step < config.total_steps and not self.pulse.stop_asked:
                 with self.profile.step():
                     with part("data"):
                         batches = self.pulse.next_batches(self.loader)
                     self.advance(batches)
                 last = state.step == config.total_steps
-                self._evaluate(last)
+                # Whoever asks to stop may not wait for more than the save.
+                if not self.pulse.stop_asked:
+                    self._evaluate(last)
                 if last or self.pulse.stop_asked or self._save_is_due():
                     self._save()
             self.saver.finish()
             if state.step < config.total_steps:
                 raise Stopped(f"stopped on request and saved after step {state.step} of {config.total_steps}")
+            self._make_up_evaluation()
         finally:
             self.close()
 
@@ -268,6 +301,13 @@ class Trainer:
         to_step, folder = roll_back(self.state, self.guard, self.home)
         self._log_skip({}, to_step, f"rolled back to the weights of {folder}")
 
+    def _make_up_evaluation(self) -> None:
+        """The evaluation of the state as it is, unless the record has it: before the first step, and what a request to
+        stop left out."""
+        stage, step = self.config.stage, self.state.step
+        if not broadcast_object(lambda: self.writer is not None and self.writer.has_evaluation(stage, step)):
+            self._evaluate(last=step >= self.config.total_steps)
+
     def _evaluate(self, last: bool = False) -> None:
         """Held-out loss, and what the `evaluation` section asks for, where this step is one for them."""
         config, state = self.config, self.state
@@ -322,18 +362,7 @@ class Trainer:
         self.console.stop()
         if self.writer is not None:
             self.writer.close()
-
-
-def _claim(run_dir: Path) -> None:
-    """Makes the run directory and sees that files can be made in it, before any work is done."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=run_dir).close()
-    except OSError as error:
-        raise ConfigError(
-            f"train.run_dir {run_dir} cannot be written to: {error.strerror or error}. Give a folder that can be, or "
-            "mend its permissions."
-        ) from None
+        self.lock.release()
 
 
 def _falls_on(step: int, interval: int, last: bool = False) -> bool:

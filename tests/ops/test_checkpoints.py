@@ -10,6 +10,7 @@ import secrets
 import shutil
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -290,6 +291,25 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(
         f"step_{step:08d}" for step in (1, 2, 3, 4)
     ]
     checkpoint.verify(checkpoint.folder_of_step(home, 4))
+
+
+def save_on_a_full_disk(home: str) -> str:
+    def is_full(_path: Path) -> Any:
+        return SimpleNamespace(free=24_000)
+
+    shutil.disk_usage = is_full  # type: ignore[assignment]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    with pytest.raises(SaveFailed) as raised:
+        save_some(home, [4])
+    return str(raised.value)
+
+
+@pytest.mark.distributed
+def test_a_full_disk_is_called_so(tmp_path: Path) -> None:
+    """What writes tensors fails with words that do not tell."""
+    (said,) = run_distributed(save_on_a_full_disk, 1, str(tmp_path))
+    assert "step_00000004 could not be written: no space left on device: rank 0" in said
 
 
 def save_at_url(url: str, steps: list[int]) -> list[float]:

@@ -21,7 +21,7 @@ from aria_train.parallel.checkpoint.shelf import (
     prune,
     resolve,
 )
-from aria_train.parallel.checkpoint.storage import Folder, listing, locate
+from aria_train.parallel.checkpoint.storage import Folder, listing, locate, try_writing
 from aria_train.parallel.checkpoint.writing import SaveFailed, save, save_alone
 
 __all__ = [
@@ -47,5 +47,6 @@ __all__ = [
     "save",
     "save_alone",
     "stored_shapes",
+    "try_writing",
     "verify",
 ]

@@ -109,6 +109,16 @@ def remove_tree(folder: Folder) -> None:
         folder.fs.rm(folder.path, recursive=True)
 
 
+def try_writing(folder: Folder) -> None:
+    """Writes a file into a folder, which is made if need be, and removes it. Raises whatever the storage raises."""
+    make_folder(folder)
+    probe = folder / ".probe"
+    write_durably(probe, b"0" * 4096)
+    # Whoever may write but not remove can save all the same.
+    with contextlib.suppress(Exception):
+        probe.unlink()
+
+
 def write_durably(file: Folder, content: bytes) -> None:
     """Writes a file whose bytes are on disk (or in the store) when this returns."""
     with file.open("wb") as stream:

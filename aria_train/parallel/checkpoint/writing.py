@@ -8,6 +8,7 @@ is what makes the folder a checkpoint. A process that dies at any moment leaves 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,9 @@ from aria_train.parallel.checkpoint.storage import (
 from aria_train.parallel.collectives import gather_objects
 
 WRITING, REMOVING = ".writing", ".removing"
+
+_LITTLE = 2**24
+"""Bytes that may be left of a full file system."""
 
 
 class SaveFailed(CheckpointError):
@@ -85,6 +89,8 @@ def _together(phase: Callable[[], None], writing: Folder, target: Folder, group:
         problem = "; ".join(f"rank {rank}: {failure!s:.300}" for rank, (failure, _) in sorted(error.failures.items()))
     except Exception as error:  # What a file system or an object store may raise has no common type.
         problem = f"rank {dist.get_rank(group)}: {error!s:.300}"
+    if problem and _is_full(writing):
+        problem = f"no space left on device: {problem}"
     problems = [report for report in gather_objects(problem, group) if report]
     if problems:
         if dist.get_rank(group) == 0:
@@ -94,6 +100,14 @@ def _together(phase: Callable[[], None], writing: Folder, target: Folder, group:
             f"{target} could not be written: {problems[0]}. Earlier checkpoints are untouched; free space or mend the "
             "permissions."
         )
+
+
+def _is_full(folder: Folder) -> bool:
+    """Whether a file system has no space left: what writes tensors does not say so."""
+    with contextlib.suppress(OSError):
+        if isinstance(folder, Path):
+            return shutil.disk_usage(folder).free < _LITTLE
+    return False
 
 
 def save_alone(target: Path, write: Callable[[Path], None], manifest: Manifest) -> None:
