@@ -138,7 +138,7 @@ def _progress(stages: Sequence[Stage]) -> Iterator[str]:
         newest = stage.newest_checkpoint()
         if newest is not None:
             try:
-                check_resumable(stage.config, {}, newest)
+                check_resumable(stage.config, {}, {}, newest)
             except CheckpointError as error:
                 yield f"{stage.name}: {error}"
             if unfinished is not None:

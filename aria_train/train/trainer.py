@@ -49,7 +49,7 @@ from aria_train.train.optimizer import build_optimizer, clip_gradients, learning
 from aria_train.train.profile import Profile, part
 from aria_train.train.pulse import Pulse
 from aria_train.train.rollback import roll_back
-from aria_train.train.state import TrainState, check_resumable
+from aria_train.train.state import TrainState, check_resumable, rate_changes
 from aria_train.train.watchdog import Watchdog
 
 
@@ -243,10 +243,9 @@ class Trainer:
         model.to_empty(device=self.device)
         counts = torch.zeros(config.model.num_layers, config.model.num_experts, dtype=torch.float64, device=self.device)
         optimizer = build_optimizer(model, config.optimizer)
-        return TrainState(model, optimizer, counts, sources=self._windows_per_epoch())
-
-    def _windows_per_epoch(self) -> dict[str, int]:
-        return {source.name: source.num_windows for source in self.loader.sources}
+        windows = {source.name: source.num_windows for source in self.loader.sources}
+        fingerprints = broadcast_object(lambda: {source.name: source.fingerprint for source in self.loader.sources})
+        return TrainState(model, optimizer, counts, sources=windows, fingerprints=fingerprints)
 
     def _fill_state(self, newest: Entry[checkpoint.Folder] | None) -> None:
         """Goes on from the newest complete checkpoint of the run directory; else starts from weights or from noise."""
@@ -254,7 +253,9 @@ class Trainer:
         for entry in self.passed:
             self.console.message(entry.remark)
         if newest is not None:
-            check_resumable(config, self.state.sources, newest)
+            check_resumable(config, self.state.sources, self.state.fingerprints, newest)
+            if (change := rate_changes(config, newest)) is not None:
+                self.console.message(change)
             if config.train.lora is not None:
                 self._lay_base(base_of(newest.folder), fill=True)
             self.state.load(newest)

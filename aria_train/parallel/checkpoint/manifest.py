@@ -34,6 +34,8 @@ class Manifest:
     guard: dict[str, Any] = field(default_factory=dict)
     """What the guard against bad batches knows; see `train/guard.py`."""
     format: int = FORMAT
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """What tells the corpus of every training source apart; empty in older checkpoints, which have no such entry."""
 
     @property
     def is_good(self) -> bool:
@@ -54,6 +56,8 @@ class Manifest:
 def encode(manifest: Manifest) -> bytes:
     """The manifest's file: JSON whose last entry is the CRC-32 of the JSON without it."""
     fields = asdict(manifest)
+    if not manifest.fingerprints:
+        del fields["fingerprints"]
     body = json.dumps(fields, indent=1)
     return json.dumps(fields | {"crc32": zlib.crc32(body.encode())}, indent=1).encode()
 
