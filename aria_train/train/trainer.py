@@ -264,13 +264,13 @@ class Trainer:
         if config.train.lora is not None:
             if config.checkpoint.init_from is None:
                 raise ConfigError("train.lora adapts a trained model; checkpoint.init_from must name its checkpoint.")
-            self._lay_base(checkpoint.resolve(config.checkpoint.init_from), fill=False)
+            self._lay_base(_resolve(config.checkpoint.init_from), fill=False)
         for line in fill_weights(self.state.model, config):
             self.console.message(line)
         if config.checkpoint.init_optimizer:
             if config.checkpoint.init_from is None:
                 raise ConfigError("checkpoint.init_optimizer is true, but checkpoint.init_from names no checkpoint.")
-            self.console.message(self.state.take_over_moments(checkpoint.resolve(config.checkpoint.init_from)))
+            self.console.message(self.state.take_over_moments(_resolve(config.checkpoint.init_from)))
 
     def _lay_base(self, base: checkpoint.Folder | None, fill: bool) -> None:
         """Settles which checkpoint is beneath the adapters; with `fill`, its weights come in too."""
@@ -364,6 +364,11 @@ class Trainer:
         if self.writer is not None:
             self.writer.close()
         self.lock.release()
+
+
+def _resolve(path: str) -> checkpoint.Folder:
+    """The checkpoint that the first rank finds."""
+    return broadcast_object(lambda: checkpoint.resolve(path))
 
 
 def _falls_on(step: int, interval: int, last: bool = False) -> bool:

@@ -109,6 +109,27 @@ def test_a_full_disk_is_refused_at_the_start(config: RunConfig) -> None:
         run(config)
 
 
+def resume_and_count(config: RunConfig) -> tuple[int, int]:
+    """How many manifests and indexes this rank reads."""
+    from aria_train.parallel.checkpoint import manifest, reading
+
+    manifests: list[str] = []
+    indexes: list[str] = []
+    manifest.decode = noting(manifests, "read", manifest.decode)
+    reading._IndexUnpickler = noting(indexes, "read", reading._IndexUnpickler)  # type: ignore[misc, assignment]
+    from aria_train.train.trainer import Trainer
+
+    Trainer(config).close()
+    return len(manifests), len(indexes)
+
+
+@pytest.mark.distributed
+def test_the_first_rank_alone_looks_for_checkpoints(config: RunConfig) -> None:
+    """And each reads the index of the one it loads once."""
+    run(config)
+    assert run_distributed(resume_and_count, 2, config) == [(2, 1), (0, 1)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One run in a directory
 
