@@ -91,9 +91,13 @@ def read_manifest(folder: Folder) -> Manifest:
             f"{folder} is not a complete checkpoint: it has no {MANIFEST}. Give a folder such as "
             "RUN_DIR/checkpoints/step_00000100, or a run directory that holds one."
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"checkpoint {folder} is damaged: {MANIFEST}: {error!s:.200}. Use another checkpoint."
+        ) from None
+    except Exception as error:  # What an object store may raise has no common type.
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be read: {MANIFEST}: {error!s:.200}. Use another checkpoint."
         ) from None
 
 

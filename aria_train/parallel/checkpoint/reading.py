@@ -108,7 +108,7 @@ def _compare(folder: Folder, files: Mapping[str, Mapping[str, int]]) -> str | No
     for name in by_size[rank::world]:
         try:
             found = fingerprint(folder / name)
-        except OSError as error:
+        except Exception as error:  # What an object store may raise has no common type.
             return f"checkpoint {folder} cannot be read: {name}: {error}. Use another checkpoint."
         if found != files[name]:
             return (
