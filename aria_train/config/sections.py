@@ -300,7 +300,8 @@ class LaunchConfig(Section):
     time_limit: str = "24:00:00"
     """Of one try. Before it ends the run saves, stops, and queues again."""
     warning_seconds: Positive = 300
-    """Seconds before the time limit at which the run is asked to stop: longer than a step and a save."""
+    """Seconds before the time limit at which the run is asked to stop: longer than a step, a save, and an evaluation
+    that may be under way."""
     max_restarts: NonNegative = 3
     """Times that failed ranks start again within the job."""
     python: str = "python"

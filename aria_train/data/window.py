@@ -33,6 +33,11 @@ class Source(Protocol):
     num_windows: int
     """Windows in one epoch."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells the corpus apart from others, wherever it lies."""
+        ...
+
     def read(self, position: int) -> Window:
         """The window at a position in [0, num_windows). Raises DataError where the data cannot be used."""
         ...

@@ -35,7 +35,7 @@ def run_verify(args: argparse.Namespace) -> None:
     damaged = 0
     for path in args.paths:
         home = checkpoint.locate(path)
-        if (home / "checkpoints").is_dir():
+        if "checkpoints" in (checkpoint.listing(home) or {}):
             folders = [entry.folder for entry in checkpoint.entries(home) if not entry.is_unfinished]
         else:
             folders = [home]
@@ -43,13 +43,13 @@ def run_verify(args: argparse.Namespace) -> None:
             raise CheckpointError(f"{path} holds no checkpoint.")
         for folder in folders:
             try:
-                checkpoint.verify(folder)
+                manifest = checkpoint.read_manifest(folder)
+                checkpoint.verify(folder, manifest)
             except CheckpointError as error:
                 damaged += 1
                 print(error, flush=True)
             else:
-                size = checkpoint.read_manifest(folder).num_bytes
-                print(f"{folder}: intact, {_readable(size)}", flush=True)
+                print(f"{folder}: intact, {_readable(manifest.num_bytes)}", flush=True)
     if damaged:
         raise CheckpointError(f"{damaged} damaged checkpoint(s). A run goes on from the newest intact one by itself.")
 

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aria_train.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -37,9 +39,19 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def broadcast_object(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """What the first rank of the group makes, on all of them; also where the others would see something else."""
+    """What the first rank of the group makes, on all of them; also where the others would see something else.
+
+    A UserError that it meets is raised on all.
+    """
     if not dist.is_initialized():
         return make()
-    box = [make() if dist.get_rank(group) == 0 else None]
+    box: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            box[0] = make()
+        except UserError as error:
+            box[1] = error
     dist.broadcast_object_list(box, group=group, group_src=0)
+    if box[1] is not None:
+        raise box[1]
     return cast(T, box[0])

@@ -12,10 +12,20 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from aria_train.errors import EXIT_USER_ERROR, Stopped, UserError
+from aria_train.errors import EXIT_USER_ERROR, ConfigError, Stopped, UserError
 
 _REPORTED = "reported"
 """Counter in the job's store of the ranks that have left with an error of the user's."""
+
+
+def check_launcher() -> None:
+    """Raises ConfigError where SLURM has started several processes that do not know of each other."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "RANK" not in os.environ:
+        raise ConfigError(
+            f"srun started {tasks} processes, each of which would train on its own in the same run directory. Submit "
+            "the run with `aria-train launch CONFIG`, or have srun start one launcher per node: launch/torchrun.sh."
+        )
 
 
 @contextmanager
@@ -70,9 +80,12 @@ def _first_to_report(message: str) -> bool | None:
     if not dist.is_initialized():
         return None
     store = dist.distributed_c10d._get_default_store()
-    store.add(_REPORTED, 1)
     number = zlib.crc32(message.encode(errors="replace"))  # the paths in it may be no text
-    return bool(store.add(f"{_REPORTED}/{number}", 1) == 1)
+    try:
+        store.add(_REPORTED, 1)
+        return bool(store.add(f"{_REPORTED}/{number}", 1) == 1)
+    except RuntimeError:  # the store has left with the rank that held it: better twice than never
+        return True
 
 
 def _reported_elsewhere() -> bool:

@@ -149,7 +149,7 @@ def _progress(stages: Sequence[Stage]) -> Iterator[str]:
         newest = stage.newest_checkpoint()
         if newest is not None:
             try:
-                check_resumable(stage.config, {}, newest)
+                check_resumable(stage.config, {}, {}, newest)
             except CheckpointError as error:
                 yield f"{stage.name}: {error}"
             if unfinished is not None:
@@ -158,7 +158,7 @@ def _progress(stages: Sequence[Stage]) -> Iterator[str]:
                     f"last step ({unfinished.steps_done()} of {unfinished.config.total_steps} are done). Move it away, "
                     f"or set the length of {unfinished.name} back to what it was."
                 )
-        if unfinished is None and not stage.is_finished:
+        if unfinished is None and (newest is None or newest.step < stage.config.total_steps):
             unfinished = stage
 
 

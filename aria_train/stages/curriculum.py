@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from aria_train.config import RunConfig
 from aria_train.errors import ConfigError
-from aria_train.parallel.job import orderly_end
+from aria_train.parallel.job import check_launcher, orderly_end
 from aria_train.parallel.mesh import release
 from aria_train.stages.checks import check, check_ranks
 from aria_train.stages.plan import print_plan
@@ -40,6 +40,7 @@ def run_curriculum(args: argparse.Namespace) -> None:
             print_plan(stages, report)
         _refuse(stages, report.problems)
         return
+    check_launcher()
     _refuse(stages, [*check_ranks(stages), *report.problems, *report.absent])
     if is_main:
         print_plan(stages, report)

@@ -43,7 +43,7 @@ class Stage:
         """Where its last step is, or will be, saved."""
         return str(checkpoint.folder_of_step(checkpoint.home_of(self.config), self.config.total_steps))
 
-    def newest_checkpoint(self) -> checkpoint.Folder | None:
+    def newest_checkpoint(self) -> checkpoint.Entry[checkpoint.Folder] | None:
         """Its newest complete checkpoint so far."""
         newest, _ = checkpoint.latest(checkpoint.home_of(self.config))
         return newest
@@ -51,7 +51,7 @@ class Stage:
     def steps_done(self) -> int:
         """Steps of its newest complete checkpoint; 0 if there is none."""
         newest = self.newest_checkpoint()
-        return checkpoint.read_manifest(newest).step if newest is not None else 0
+        return newest.step if newest is not None else 0
 
     @property
     def is_finished(self) -> bool:

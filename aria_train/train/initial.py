@@ -20,6 +20,7 @@ from aria_train.model.hf import read_siglip
 from aria_train.model.init import initialise, local_shard
 from aria_train.model.lora import adapter_shapes, is_adapter
 from aria_train.parallel import checkpoint
+from aria_train.parallel.collectives import broadcast_object
 from aria_train.train.adapters import bottom_of, fill_adapters, load_whole
 
 
@@ -36,7 +37,8 @@ def fill_weights(model: AriaModel, config: RunConfig) -> list[str]:
     origin: dict[Part, str] = dict.fromkeys(parts, "fresh random values")
     settings = config.checkpoint
     if settings.init_from is not None:
-        folder = checkpoint.resolve(settings.init_from)
+        # The first rank looks, or a thousand of them would go through the files of as many.
+        folder = broadcast_object(lambda: checkpoint.resolve(str(settings.init_from)))
         taken = [p for p in parts if p not in settings.init_fresh and (p != "vision" or not settings.init_vision_from)]
         _load_parts(folder, {part: parts[part] for part in taken})
         origin |= {part: str(folder) for part in taken}

@@ -6,11 +6,12 @@ its checkpoint, so that in the end they read as if nothing had happened.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,28 +28,36 @@ class MetricsWriter:
     `config` is the resolved configuration, for wandb. `resume_step` is the last step the run keeps: lines beyond it
     are dropped, as is what a kill or a full disk left unreadable. With 0 the run starts afresh and so do its files.
 
-    Raises ConfigError when TensorBoard or wandb is asked for and cannot be used.
+    Raises ConfigError when TensorBoard or wandb is asked for and cannot be used, OSError where there can be no files.
+    Once it is made, what cannot be written is no reason to end: `say` is told.
     """
 
     def __init__(
-        self, run_dir: str | Path, logging: LoggingConfig, config: Mapping[str, Any], resume_step: int = 0
+        self,
+        run_dir: str | Path,
+        logging: LoggingConfig,
+        config: Mapping[str, Any],
+        resume_step: int = 0,
+        say: Callable[[str], None] = print,
     ) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._interval = logging.interval_steps
+        self._interval, self._say = logging.interval_steps, say
         self._tensorboard = _open_tensorboard(run_dir, resume_step) if logging.tensorboard else None
         self._wandb = _open_wandb(run_dir, logging, config, resume_step) if logging.wandb != "off" else None
         evaluations = _rewind(run_dir / "evaluations.jsonl", resume_step)
         _rewind(run_dir / "metrics.jsonl", resume_step)
         _rewind(run_dir / "skipped.jsonl", resume_step)
-        self._skipped_path = run_dir / "skipped.jsonl"
         self._evaluated = {(line["stage"], line["step"]) for line in evaluations}
-        self._steps_file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._evaluations_file = (run_dir / "evaluations.jsonl").open("a", encoding="utf-8")
+        self._steps = _Record(run_dir / "metrics.jsonl", say)
+        self._evaluations = _Record(run_dir / "evaluations.jsonl", say)
+        self._skips = _Record(run_dir / "skipped.jsonl", say)
+        for record in (self._steps, self._evaluations):
+            record.open()
 
     def log_step(self, metrics: Metrics) -> None:
         """One line of `metrics.jsonl`; TensorBoard and wandb every `logging.interval_steps`."""
-        _append(self._steps_file, metrics)
+        self._steps.append(metrics)
         if metrics["step"] % self._interval == 0:
             self._forward("train", metrics)
 
@@ -60,18 +69,21 @@ class MetricsWriter:
         key = (metrics["stage"], metrics["step"])
         if key not in self._evaluated:
             self._evaluated.add(key)
-            _append(self._evaluations_file, metrics)
+            self._evaluations.append(metrics)
             self._forward("evaluation", metrics)
+
+    def has_evaluation(self, stage: str, step: int) -> bool:
+        """Whether the record holds the evaluation after this step."""
+        return (stage, step) in self._evaluated
 
     def log_skip(self, record: Metrics) -> None:
         """One line of `skipped.jsonl`: `stage`, `step`, `reason`, `windows` [first, end), `loss`, `grad_norm`."""
-        with self._skipped_path.open("a", encoding="utf-8") as file:
-            _append(file, record)
+        self._skips.append(record)
 
     def close(self) -> None:
         """Flushes TensorBoard and wandb. The files are complete at any time."""
-        self._steps_file.close()
-        self._evaluations_file.close()
+        for record in (self._steps, self._evaluations, self._skips):
+            record.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -84,8 +96,12 @@ class MetricsWriter:
             if name != "step" and isinstance(value, (int, float))
         }
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, metrics["step"])
+            try:
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, metrics["step"])
+            except OSError as error:
+                self._say(f"TensorBoard gets no more of this run: {error}. Training goes on.")
+                self._tensorboard = None
         if self._wandb is not None:
             self._wandb.log(numbers, step=metrics["step"])
 
@@ -100,14 +116,50 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 # Files
 
 
-def _append(file: IO[str], metrics: Metrics) -> None:
+class _Record:
+    """A file that grows by lines. What cannot be written, as on a full disk, is kept and comes with the next line."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path, self._say = path, say
+        self._file: IO[bytes] | None = None
+        self._pending = b""
+        self._failing = False
+
+    def open(self) -> IO[bytes]:
+        """Raises OSError."""
+        if self._file is None:
+            self._file = self._path.open("ab", buffering=0)
+        return self._file
+
+    def append(self, metrics: Metrics) -> None:
+        self._pending += _line(metrics)
+        try:
+            while self._pending:
+                self._pending = self._pending[self.open().write(self._pending) :]
+        except OSError as error:
+            self.close()  # What it was may be gone; the next line opens it anew.
+            if not self._failing:
+                self._say(f"{self._path} cannot be written: {error.strerror or error}. Training goes on; free space.")
+            self._failing = True
+            return
+        if self._failing:
+            self._say(f"{self._path} can be written again; nothing is missing in it")
+            self._failing = False
+
+    def close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+
+def _line(metrics: Metrics) -> bytes:
     """Floats keep every digit. JSON has no NaN or infinity: they become null, so that any reader can read on."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in metrics.items()
     }
-    file.write(json.dumps(finite, allow_nan=False) + "\n")
-    file.flush()
+    return (json.dumps(finite, allow_nan=False) + "\n").encode()
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -49,10 +49,14 @@ def create_moments(optimizer: torch.optim.AdamW) -> None:
             }
 
 
+def schedule_tokens(config: RunConfig) -> int:
+    """Tokens at which the decay of the learning rate ends."""
+    return config.schedule.total_tokens or config.total_steps * config.tokens_per_step
+
+
 def learning_rate(config: RunConfig, tokens: int) -> float:
     """Learning rate of the step that begins after `tokens` tokens."""
-    schedule, peak = config.schedule, config.optimizer.lr
-    total = schedule.total_tokens or config.train.max_tokens or config.total_steps * config.tokens_per_step
+    schedule, peak, total = config.schedule, config.optimizer.lr, schedule_tokens(config)
     # The first step already moves, and the last one is at the end of the schedule.
     done = tokens + config.tokens_per_step
     if done < schedule.warmup_tokens:

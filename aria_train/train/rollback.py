@@ -24,10 +24,11 @@ def roll_back(state: TrainState, guard: Guard, home: checkpoint.Folder) -> tuple
         raise DivergenceError(
             f"{bad}, right after the rollback at step {state.guard.rolled_back_at}: going back does not help. {advice}"
         )
-    folder, passed = checkpoint.newest_intact(home, before=step, good=True)
-    if folder is None:
-        raise DivergenceError(" ".join([f"{bad}, and there is no good checkpoint to go back to.", *passed, advice]))
-    state.load(folder)
+    good, passed = checkpoint.newest_intact(home, before=step, good=True)
+    if good is None:
+        remarks = [entry.remark for entry in passed]
+        raise DivergenceError(" ".join([f"{bad}, and there is no good checkpoint to go back to.", *remarks, advice]))
+    state.load(good)
     to_step, state.step = state.step, step
     guard.rolled_back(step, to_step)
-    return to_step, folder
+    return to_step, good.folder

@@ -12,9 +12,10 @@ from aria_train.config import RunConfig
 from aria_train.errors import CheckpointError
 from aria_train.model import AriaModel
 from aria_train.parallel import checkpoint
-from aria_train.parallel.checkpoint import Folder, Manifest
+from aria_train.parallel.checkpoint import Entry, Folder, Manifest
 from aria_train.train.adapters import BASE
 from aria_train.train.guard import GuardState
+from aria_train.train.optimizer import schedule_tokens
 
 
 @dataclass
@@ -29,6 +30,8 @@ class TrainState:
     """Optimizer steps behind us."""
     sources: dict[str, int] = field(default_factory=dict)
     """Windows per epoch of every training source."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """What tells the corpus of every training source apart."""
     guard: GuardState = field(default_factory=GuardState)
     """Skipped steps, and what judges the next."""
     base: Tensor | None = None
@@ -70,17 +73,20 @@ class TrainState:
             sources=self.sources,
             files={},
             guard=asdict(self.guard),
+            fingerprints=self.fingerprints,
         )
 
-    def load(self, folder: Folder) -> None:
+    def load(self, entry: Entry[Folder]) -> None:
         """Takes over everything from a checkpoint of the same run that was just verified, at any layout. Collective."""
-        manifest = checkpoint.read_manifest(folder)
+        folder, manifest = entry.folder, entry.manifest
+        assert manifest is not None, "complete"
         self.step = manifest.step
         # In place: the guard holds on to its state.
         vars(self.guard).update(vars(GuardState(**manifest.guard)))
-        stored = checkpoint.stored_shapes(folder)
+        index = checkpoint.read_index(folder)
+        stored = checkpoint.stored_shapes(folder, index)
         self.taken_over = {name for name, _ in self._trained() if f"optimizer.{name}.step" in stored}
-        checkpoint.load(folder, self.tensors(), verified=True)
+        checkpoint.load(folder, self.tensors(), verified=True, index=index)
         for name, parameter in self._trained():
             if name not in self.taken_over:
                 self.optimizer.state[parameter]["step"].fill_(float(self.updates))
@@ -90,7 +96,8 @@ class TrainState:
 
         Returns a sentence about them; raises CheckpointError if there are none.
         """
-        stored = checkpoint.stored_shapes(folder)
+        index = checkpoint.read_index(folder)
+        stored = checkpoint.stored_shapes(folder, index)
         self.taken_over = {name for name, _ in self._trained() if f"optimizer.{name}.exp_avg" in stored}
         if not self.taken_over:
             raise CheckpointError(
@@ -101,7 +108,8 @@ class TrainState:
             for name, tensor in self.tensors().items()
             if name.startswith("optimizer.") and name.removeprefix("optimizer.").rpartition(".")[0] in self.taken_over
         }
-        checkpoint.load(folder, {name: tensor for name, tensor in tensors.items() if name in stored}, parts=())
+        found = {name: tensor for name, tensor in tensors.items() if name in stored}
+        checkpoint.load(folder, found, parts=(), index=index)
         steps = float(checkpoint.read_manifest(folder).updates)
         for name in tensors.keys() - stored.keys():
             tensors[name].fill_(steps)
@@ -111,12 +119,13 @@ class TrainState:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
 
-# What may differ between the run that saved and the run that goes on: layout, speed, logging, length. All else fixes
-# the weights, the data order or the loss.
+# What may differ between the run that saved and the run that goes on: layout, speed, logging, length, and (which is
+# said) the learning rate. All else fixes the weights, the data order or the loss.
 _FREE = {
     "parallel": None,
     "logging": None,
     "checkpoint": None,
+    "evaluation": None,
     "guard": None,
     "launch": None,
     "data": {"tokenizer", "validation", "workers", "prefetch_batches"},
@@ -124,13 +133,17 @@ _FREE = {
         "micro_batch_size", "max_tokens", "max_steps", "precision", "recompute", "run_dir", "eval_interval_steps",
         "eval_windows", "device", "profile", "compile", "fp8_experts",
     },
-    "optimizer": {"kernel"},
+    "optimizer": {"kernel", "lr"},
+    "schedule": {"kind", "warmup_tokens", "total_tokens", "decay_tokens", "min_lr_ratio"},
 }  # fmt: skip
 
 
-def check_resumable(config: RunConfig, sources: dict[str, int], folder: Folder) -> None:
-    """Refuses to go on from a checkpoint under a configuration that would make another run of it."""
-    manifest = checkpoint.read_manifest(folder)
+def check_resumable(
+    config: RunConfig, sources: dict[str, int], fingerprints: dict[str, str], entry: Entry[Folder]
+) -> None:
+    """Refuses to go on from a checkpoint under a configuration, or with data, that would make another run of it."""
+    folder, manifest = entry.folder, entry.manifest
+    assert manifest is not None, "complete"
     before, now = _binding(manifest.config), _binding(config.model_dump(mode="json"))
     differing = [
         f"{key}: {before.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} now"
@@ -143,12 +156,47 @@ def check_resumable(config: RunConfig, sources: dict[str, int], folder: Folder) 
             for name, windows in sources.items()
             if manifest.sources.get(name) != windows
         ]
+    if not differing:
+        differing = [
+            f"data.train.{name}: another corpus than the checkpoint's, or its parts in another order"
+            for name, fingerprint in fingerprints.items()
+            if manifest.fingerprints.get(name, fingerprint) != fingerprint
+        ]
     if differing:
         raise CheckpointError(
             f"{folder} cannot be resumed under this configuration; it differs in: {'; '.join(differing)}. "
             "Restore these values, or start a new run from its weights: another train.run_dir, with "
             f"checkpoint.init_from={folder}."
         )
+
+
+def rate_changes(config: RunConfig, entry: Entry[Folder]) -> str | None:
+    """A sentence about how the learning rate will differ from that of the run that saved a checkpoint, which can be
+    resumed; None if it will not."""
+    assert entry.manifest is not None, "complete"
+    stored, values = entry.manifest.config, config.model_dump(mode="json")
+    values["optimizer"]["lr"], values["schedule"] = stored["optimizer"]["lr"], stored["schedule"]
+    values["train"] |= {key: stored["train"][key] for key in ("max_steps", "max_tokens")}
+    before, now = _rate(RunConfig.model_validate(values)), _rate(config)
+    changes = [
+        f"{key} {before.get(key, 'none')} -> {now.get(key, 'none')}"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key)
+    ]
+    return f"the learning rate changes from step {entry.step + 1} on: {', '.join(changes)}" if changes else None
+
+
+def _rate(config: RunConfig) -> dict[str, Any]:
+    """What the learning rate follows from, as far as it counts."""
+    schedule = config.schedule
+    shape: dict[str, Any] = {"optimizer.lr": config.optimizer.lr, "schedule.kind": schedule.kind}
+    shape["schedule.warmup_tokens"] = schedule.warmup_tokens
+    if schedule.kind != "constant":
+        shape["schedule.min_lr_ratio"] = schedule.min_lr_ratio
+        shape["schedule.total_tokens"] = schedule_tokens(config)
+    if schedule.kind == "wsd":
+        shape["schedule.decay_tokens"] = schedule.decay_tokens
+    return shape
 
 
 def _binding(config: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ So a resumed run repeats nothing and skips nothing.
 
 from __future__ import annotations
 
-import tempfile
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ from aria_train.model.aria import part_of
 from aria_train.model.lora import add_adapters, is_adapter
 from aria_train.moe.experts import use_fp8
 from aria_train.parallel import checkpoint
-from aria_train.parallel.checkpoint import Saver
-from aria_train.parallel.collectives import sum_over_ranks
+from aria_train.parallel.checkpoint import Entry, Saver
+from aria_train.parallel.collectives import broadcast_object, sum_over_ranks
 from aria_train.parallel.mesh import build_meshes, init_process_group, pick_device, set_patience
 from aria_train.parallel.shard import parallelize, set_last_micro_batch
 from aria_train.train.adapters import base_mark, base_of, load_whole, write_adapter_folder
+from aria_train.train.claim import RunLock, check_fresh_start, check_storage, make_run_dir, not_writable
 from aria_train.train.console import Console, peak_memory_gib
 from aria_train.train.guard import Guard
 from aria_train.train.initial import fill_weights
@@ -48,7 +49,7 @@ from aria_train.train.optimizer import build_optimizer, clip_gradients, learning
 from aria_train.train.profile import Profile, part
 from aria_train.train.pulse import Pulse
 from aria_train.train.rollback import roll_back
-from aria_train.train.state import TrainState, check_resumable
+from aria_train.train.state import TrainState, check_resumable, rate_changes
 from aria_train.train.watchdog import Watchdog, folder_of_reports
 
 
@@ -57,8 +58,17 @@ class Trainer:
         """With `replay_step`, on the way to a step that was taken before: nothing is written."""
         self.config = config
         self.run_dir = Path(config.train.run_dir)
+        self.lock = RunLock(self.run_dir)
+        try:
+            self._start(replay_step)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _start(self, replay_step: int | None) -> None:
+        config = self.config
         if replay_step is None:
-            _claim(self.run_dir)
+            make_run_dir(self.run_dir)
         self.device = pick_device(config.train.device)
         set_patience(config.guard.hang_minutes)
         init_process_group(self.device)
@@ -67,8 +77,12 @@ class Trainer:
         self.is_main = self.meshes.rank == 0
         self.console = Console(config.total_steps, enabled=self.is_main)
         self.home = checkpoint.home_of(config)
-        newest, self.torn = checkpoint.newest_intact(self.home, before=replay_step)
-        start_step = checkpoint.read_manifest(newest).step if newest is not None else 0
+        if replay_step is None:
+            broadcast_object(lambda: self.lock.acquire(self.console.message))
+        newest, self.passed = checkpoint.newest_intact(self.home, before=replay_step)
+        if replay_step is None:
+            broadcast_object(lambda: self._check_start(newest))
+        start_step = newest.step if newest is not None else 0
         self.loader = Loader(config, self.meshes.rank, self.meshes.world_size, start_step)
         self.state = self._build_state()
         self._fill_state(newest)
@@ -81,9 +95,26 @@ class Trainer:
         watched = config.train.profile if replay_step is None else 0
         self.profile = Profile(watched, self.run_dir, self.meshes.rank, self.state.model, self.console.message)
         self.writer: MetricsWriter | None = None
-        if self.is_main and replay_step is None:
-            (self.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-            self.writer = MetricsWriter(self.run_dir, config.logging, config.model_dump(mode="json"), start_step)
+        if replay_step is None:
+            broadcast_object(lambda: self._open_record(start_step))
+
+    def _check_start(self, newest: Entry[checkpoint.Folder] | None) -> None:
+        if newest is None:
+            check_fresh_start(self.config, self.passed)
+        check_storage(self.config)
+
+    def _open_record(self, start_step: int) -> None:
+        """On the first rank: `config.yaml`, and the metrics."""
+        config = self.config
+        try:
+            # At once, or the next start could not tell what this one ran with.
+            aside = self.run_dir / "config.yaml.new"
+            aside.write_text(dump_config(config), encoding="utf-8")
+            os.replace(aside, self.run_dir / "config.yaml")
+            values = config.model_dump(mode="json")
+            self.writer = MetricsWriter(self.run_dir, config.logging, values, start_step, self.console.message)
+        except OSError as error:
+            raise not_writable(self.run_dir, error) from None
 
     def run(self) -> None:
         """Trains to the last step; saves and evaluates on the way and at the end.
@@ -91,26 +122,28 @@ class Trainer:
         Raises Stopped, when all is saved, if a rank is asked to stop before.
         """
         config, state = self.config, self.state
-        if state.step >= config.total_steps:
-            self.console.message(f"already complete: {state.step} of {config.total_steps} steps")
-            return
-        self.console.start(state.step)
-        self.watchdog.start(state.step)
         try:
-            if state.step == 0:
-                self._evaluate()
+            if state.step >= config.total_steps:
+                self.console.message(f"already complete: {state.step} of {config.total_steps} steps")
+            else:
+                self.console.start(state.step)
+                self.watchdog.start(state.step)
+            self._make_up_evaluation()
             while state.step < config.total_steps and not self.pulse.stop_asked:
                 with self.profile.step():
                     with part("data"):
                         batches = self.pulse.next_batches(self.loader)
                     self.advance(batches)
                 last = state.step == config.total_steps
-                self._evaluate(last)
+                # Whoever asks to stop may not wait for more than the save.
+                if not self.pulse.stop_asked:
+                    self._evaluate(last)
                 if last or self.pulse.stop_asked or self._save_is_due():
                     self._save()
             self.saver.finish()
             if state.step < config.total_steps:
                 raise Stopped(f"stopped on request and saved after step {state.step} of {config.total_steps}")
+            self._make_up_evaluation()
         finally:
             self.close()
 
@@ -211,33 +244,34 @@ class Trainer:
         model.to_empty(device=self.device)
         counts = torch.zeros(config.model.num_layers, config.model.num_experts, dtype=torch.float64, device=self.device)
         optimizer = build_optimizer(model, config.optimizer)
-        return TrainState(model, optimizer, counts, sources=self._windows_per_epoch())
+        windows = {source.name: source.num_windows for source in self.loader.sources}
+        fingerprints = broadcast_object(lambda: {source.name: source.fingerprint for source in self.loader.sources})
+        return TrainState(model, optimizer, counts, sources=windows, fingerprints=fingerprints)
 
-    def _windows_per_epoch(self) -> dict[str, int]:
-        return {source.name: source.num_windows for source in self.loader.sources}
-
-    def _fill_state(self, newest: checkpoint.Folder | None) -> None:
+    def _fill_state(self, newest: Entry[checkpoint.Folder] | None) -> None:
         """Goes on from the newest complete checkpoint of the run directory; else starts from weights or from noise."""
         config = self.config
-        for sentence in self.torn:
-            self.console.message(sentence)
+        for entry in self.passed:
+            self.console.message(entry.remark)
         if newest is not None:
-            check_resumable(config, self.state.sources, newest)
+            check_resumable(config, self.state.sources, self.state.fingerprints, newest)
+            if (change := rate_changes(config, newest)) is not None:
+                self.console.message(change)
             if config.train.lora is not None:
-                self._lay_base(base_of(newest), fill=True)
+                self._lay_base(base_of(newest.folder), fill=True)
             self.state.load(newest)
-            self.console.message(f"resumed from {newest}")
+            self.console.message(f"resumed from {newest.folder}")
             return
         if config.train.lora is not None:
             if config.checkpoint.init_from is None:
                 raise ConfigError("train.lora adapts a trained model; checkpoint.init_from must name its checkpoint.")
-            self._lay_base(checkpoint.resolve(config.checkpoint.init_from), fill=False)
+            self._lay_base(_resolve(config.checkpoint.init_from), fill=False)
         for line in fill_weights(self.state.model, config):
             self.console.message(line)
         if config.checkpoint.init_optimizer:
             if config.checkpoint.init_from is None:
                 raise ConfigError("checkpoint.init_optimizer is true, but checkpoint.init_from names no checkpoint.")
-            self.console.message(self.state.take_over_moments(checkpoint.resolve(config.checkpoint.init_from)))
+            self.console.message(self.state.take_over_moments(_resolve(config.checkpoint.init_from)))
 
     def _lay_base(self, base: checkpoint.Folder | None, fill: bool) -> None:
         """Settles which checkpoint is beneath the adapters; with `fill`, its weights come in too."""
@@ -268,6 +302,13 @@ class Trainer:
         self.saver.wait()
         to_step, folder = roll_back(self.state, self.guard, self.home)
         self._log_skip({}, to_step, f"rolled back to the weights of {folder}")
+
+    def _make_up_evaluation(self) -> None:
+        """The evaluation of the state as it is, unless the record has it: before the first step, and what a request to
+        stop left out."""
+        stage, step = self.config.stage, self.state.step
+        if not broadcast_object(lambda: self.writer is not None and self.writer.has_evaluation(stage, step)):
+            self._evaluate(last=step >= self.config.total_steps)
 
     def _evaluate(self, last: bool = False) -> None:
         """Held-out loss, and what the `evaluation` section asks for, where this step is one for them."""
@@ -311,7 +352,10 @@ class Trainer:
         if self.is_main:
             if self.config.train.lora is not None:
                 write_adapter_folder(folder, self.run_dir / "adapter")
-            checkpoint.prune(self.home, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_steps)
+            try:
+                checkpoint.prune(self.home, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every_steps)
+            except Exception as error:  # Old checkpoints that stay are no reason to end; stores may raise anything.
+                self.console.message(f"older checkpoints could not be removed: {error!s:.300}")
 
     def close(self) -> None:
         """Lets go of threads and files."""
@@ -322,18 +366,12 @@ class Trainer:
         self.console.stop()
         if self.writer is not None:
             self.writer.close()
+        self.lock.release()
 
 
-def _claim(run_dir: Path) -> None:
-    """Makes the run directory and sees that files can be made in it, before any work is done."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=run_dir).close()
-    except OSError as error:
-        raise ConfigError(
-            f"train.run_dir {run_dir} cannot be written to: {error.strerror or error}. Give a folder that can be, or "
-            "mend its permissions."
-        ) from None
+def _resolve(path: str) -> checkpoint.Folder:
+    """The checkpoint that the first rank finds."""
+    return broadcast_object(lambda: checkpoint.resolve(path))
 
 
 def _falls_on(step: int, interval: int, last: bool = False) -> bool:

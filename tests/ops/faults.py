@@ -60,7 +60,8 @@ def run_never_seeing(config: RunConfig, steps: dict[int, int]) -> None:
         if back:
             self.saver.wait()
             now = state.step
-            state.load(checkpoint.folder_of_step(Path(config.train.run_dir), back))
+            folder = checkpoint.folder_of_step(Path(config.train.run_dir), back)
+            state.load(checkpoint.Entry(folder, checkpoint.read_manifest(folder)))
             state.step = now
             state.guard.skipped += now - back
         return {"step": state.step, "stage": config.stage, "loss": 0.0, "grad_norm": 0.0}

@@ -95,9 +95,10 @@ def test_any_flipped_bit_in_any_file_is_refused_by_name(home: Path, which: int, 
         with pytest.raises(CheckpointError, match=file.name):
             checkpoint.verify(file.parent)
         newest, passed = checkpoint.newest_intact(home)
-        assert newest == checkpoint.folder_of_step(home, 2)
+        assert newest is not None
+        assert newest.folder == checkpoint.folder_of_step(home, 2)
         assert len(passed) == 1
-        assert file.name in passed[0]
+        assert file.name in passed[0].problem
     finally:
         flip(file, at, bit)
     checkpoint.verify(file.parent)
@@ -114,7 +115,9 @@ def test_a_file_of_another_length_is_refused_by_name(home: Path, name: str, dama
         file.write_bytes({"truncated": content[:-1], "longer": content + b"\n", "empty": b""}[damage])
     with pytest.raises(CheckpointError, match=name):
         checkpoint.verify(file.parent)
-    assert checkpoint.latest(home)[0] == checkpoint.folder_of_step(home, 2)
+    newest, _ = checkpoint.latest(home)
+    assert newest is not None
+    assert newest.step == 2
 
 
 def try_to_load(folder: str) -> str:
@@ -306,6 +309,25 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(
     checkpoint.verify(checkpoint.folder_of_step(home, 4))
 
 
+def save_on_a_full_disk(home: str) -> str:
+    def is_full(_path: Path) -> Any:
+        return SimpleNamespace(free=24_000)
+
+    shutil.disk_usage = is_full  # type: ignore[assignment]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    with pytest.raises(SaveFailed) as raised:
+        save_some(home, [4])
+    return str(raised.value)
+
+
+@pytest.mark.distributed
+def test_a_full_disk_is_called_so(tmp_path: Path) -> None:
+    """What writes tensors fails with words that do not tell."""
+    (said,) = run_distributed(save_on_a_full_disk, 1, str(tmp_path))
+    assert "step_00000004 could not be written: no space left on device: rank 0" in said
+
+
 def save_at_url(url: str, steps: list[int]) -> list[float]:
     home = checkpoint.locate(url)
     for step in steps:
@@ -313,7 +335,7 @@ def save_at_url(url: str, steps: list[int]) -> list[float]:
     newest, passed = checkpoint.newest_intact(home)
     assert newest is not None
     assert not passed
-    return load_some(newest)
+    return load_some(newest.folder)
 
 
 @pytest.mark.distributed
@@ -326,10 +348,13 @@ def test_checkpoints_behind_a_url(tmp_path: Path) -> None:
     # The manifest is written last: without it there is no checkpoint.
     (local / "manifest.json").unlink()
     newest, passed = checkpoint.latest(home)
-    assert str(newest) == f"{url}/checkpoints/step_00000002"
-    assert "its writing was interrupted" in passed[0]
+    assert newest is not None
+    assert str(newest.folder) == f"{url}/checkpoints/step_00000002"
+    assert "its writing was interrupted" in passed[0].problem
     flip(local.with_name("step_00000002") / "__0_0.distcp", 300)
-    assert str(checkpoint.newest_intact(home)[0]) == f"{url}/checkpoints/step_00000001"
+    intact, _ = checkpoint.newest_intact(home)
+    assert intact is not None
+    assert str(intact.folder) == f"{url}/checkpoints/step_00000001"
     assert [str(folder) for folder in checkpoint.prune(home, keep_last=1)] == [
         f"{url}/checkpoints/step_00000001",
         f"{url}/checkpoints/step_00000003",
@@ -356,16 +381,25 @@ def test_prune_keeps_the_newest_multiples_the_last_good_one_and_damaged_ones(tmp
     for step in (30, 35):
         write(step, streak=2)
     (write(12) / "data").unlink()
-    checkpoint.folder_of_step(tmp_path, 40).with_name("step_00000040.writing").mkdir()
+    for name in ("step_00000040.writing", "step_00000041.removing"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    damaged = write(45)
+    (damaged / "manifest.json").unlink()
     gone = checkpoint.prune(tmp_path, keep_last=2, keep_every_steps=10, unfinished=False)
     assert [folder.name for folder in gone] == ["step_00000005", "step_00000015"]
     gone = checkpoint.prune(tmp_path, keep_last=2)
-    assert [folder.name for folder in gone] == ["step_00000010", "step_00000020", "step_00000040.writing"]
+    assert [folder.name for folder in gone] == [
+        "step_00000010",
+        "step_00000020",
+        "step_00000040.writing",
+        "step_00000041.removing",
+    ]
     assert [entry.folder.name for entry in checkpoint.entries(tmp_path)] == [
         "step_00000012",  # damaged
         "step_00000025",  # the last good one
         "step_00000030",
         "step_00000035",
+        "step_00000045",  # damaged
     ]
 
 

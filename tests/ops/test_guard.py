@@ -72,7 +72,7 @@ def config_of(folder: Path, name: str, **sections: Any) -> RunConfig:
 def final(config: RunConfig) -> dict[str, Any]:
     newest, _ = checkpoint.latest(Path(config.train.run_dir))
     assert newest is not None
-    return saved_tensors(newest)
+    return saved_tensors(newest.folder)
 
 
 def skips(config: RunConfig) -> list[dict[str, Any]]:

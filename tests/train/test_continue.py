@@ -12,7 +12,8 @@ import torch
 from aria_train.config import RunConfig
 from aria_train.errors import CheckpointError
 from aria_train.parallel import checkpoint
-from tests.tiny import read_steps, tiny_config, unequal_corpora, with_values
+from aria_train.parallel.checkpoint.manifest import decode, encode
+from tests.tiny import random_documents, read_steps, tiny_config, unequal_corpora, with_values, write_corpus
 
 
 def run(config: RunConfig) -> None:
@@ -107,7 +108,7 @@ def test_damaged_checkpoints_do_not_count_among_those_kept(copy: RunConfig) -> N
     run(config)
     newest, _ = checkpoint.latest(Path(config.train.run_dir))
     assert newest is not None
-    assert newest.name == "step_00000003"
+    assert newest.step == 3
 
 
 def test_only_the_last_checkpoints_are_kept(finished: RunConfig, tmp_path: Path) -> None:
@@ -147,9 +148,8 @@ def test_a_run_can_be_made_longer(copy: RunConfig, finished: RunConfig, tmp_path
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("optimizer", "lr", 1e-3),
         ("optimizer", "weight_decay", 0.0),
-        ("schedule", "warmup_tokens", 0),
+        ("optimizer", "lr_scale", {"decoder": 0.5}),
         ("train", "seed", 4),
         ("train", "global_batch_size", 8),
         ("train", "context_length", 16),
@@ -166,6 +166,33 @@ def test_a_change_that_makes_another_run_is_refused(section: str, key: str, valu
     assert f"{section}.{key}" in str(caught.value)
     assert "checkpoint.init_from" in str(caught.value)
     assert contents(copy.train.run_dir) == before
+
+
+def test_another_learning_rate_is_said(copy: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    changed = with_values(copy, train={"max_steps": 5}, optimizer={"lr": 1e-3}, schedule={"total_tokens": 5000})
+    run(changed)
+    line = "the learning rate changes from step 5 on: optimizer.lr 0.002 -> 0.001, schedule.total_tokens 4000 -> 5000"
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+    assert read_steps(changed.train.run_dir)[-1]["lr"] < 1e-3
+    run(with_values(changed, train={"max_steps": 6}))
+    assert "learning rate" not in capsys.readouterr().out
+
+
+def test_a_length_that_the_schedule_follows_is_said(
+    finished: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the two limits the one that comes first."""
+    config = with_values(
+        finished,
+        train={"run_dir": str(tmp_path), "max_tokens": 9999},
+        schedule={"warmup_tokens": 0, "total_tokens": None},
+    )
+    run(config)
+    assert read_steps(tmp_path)[-1]["lr"] == pytest.approx(2e-4)
+    capsys.readouterr()
+    run(with_values(config, train={"max_steps": 6}))
+    assert "from step 5 on: schedule.total_tokens 512 -> 768" in capsys.readouterr().out
+    assert read_steps(tmp_path)[-1]["lr"] == pytest.approx(2e-4)
 
 
 def test_other_sources_weights_or_order_are_refused(copy: RunConfig, sources: Any) -> None:
@@ -185,9 +212,35 @@ def test_a_corpus_that_has_grown_is_refused_and_one_that_has_moved_is_not(
     longer = with_values(copy, train={"max_steps": 5}, data={"train": moved})
     run(longer)
     assert len(read_steps(longer.train.run_dir)) == 5
+    # As many windows and the same configuration, but other tokens; and the same tokens in another order.
+    other = write_corpus(
+        tmp_path / "other", [[95 - token for token in d] for d in random_documents(90, 17, 33, seed=1)]
+    )
+    with pytest.raises(CheckpointError, match="data.train.long: another corpus"):
+        run(with_values(longer, train={"max_steps": 6}, data={"train": [{**long, "path": other}, short]}))
     grown = [{**long, "path": [long["path"], short["path"]]}, short]
     with pytest.raises(CheckpointError, match="data.train.long"):
         run(with_values(longer, train={"max_steps": 6}, data={"train": grown}))
+
+
+def test_parts_of_a_corpus_in_another_order_are_refused(finished: RunConfig, sources: Any, tmp_path: Path) -> None:
+    paths = [source["path"] for source in sources]
+    config = with_values(finished, train={"run_dir": str(tmp_path)}, data={"train": [{"name": "both", "path": paths}]})
+    run(config)
+    with pytest.raises(CheckpointError, match="data.train.both: another corpus than the checkpoint's, or its parts in"):
+        run(with_values(config, data={"train": [{"name": "both", "path": paths[::-1]}]}))
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed(copy: RunConfig) -> None:
+    """Which says nothing of its corpora."""
+    file = Path(copy.train.run_dir) / "checkpoints" / "step_00000004" / "manifest.json"
+    manifest = decode(file.read_bytes())
+    assert set(manifest.fingerprints) == {"long", "short"}
+    manifest.fingerprints = {}
+    file.write_bytes(encode(manifest))
+    assert b"fingerprints" not in file.read_bytes()
+    run(with_values(copy, train={"max_steps": 5}))
+    assert len(read_steps(copy.train.run_dir)) == 5
 
 
 def test_layout_logging_and_speed_may_change(copy: RunConfig) -> None:
@@ -198,6 +251,7 @@ def test_layout_logging_and_speed_may_change(copy: RunConfig) -> None:
         logging={"interval_steps": 5},
         checkpoint={"interval_steps": 3, "keep_last": 1},
         parallel={"zero_group_size": 1},
+        evaluation={"interval_steps": 3},
     )
     run(changed)
     assert [line["step"] for line in read_steps(changed.train.run_dir)] == [1, 2, 3, 4, 5]
@@ -273,4 +327,5 @@ def saved(run_dir: Path, name: str | None = None) -> dict[str, torch.Tensor]:
     from tests.train.test_resume import saved_tensors
 
     newest, _ = checkpoint.latest(run_dir)
-    return saved_tensors(run_dir / "checkpoints" / name if name else newest)
+    assert newest is not None
+    return saved_tensors(run_dir / "checkpoints" / name if name else newest.folder)

@@ -88,6 +88,26 @@ def test_a_file_being_written_reads_up_to_its_last_whole_line(tmp_path: Path) ->
     assert read_metrics(tmp_path / "absent.jsonl") == []
 
 
+def test_lines_that_cannot_be_written_come_once_there_is_room(tmp_path: Path) -> None:
+    """And training hears of it once."""
+    said: list[str] = []
+    writer = MetricsWriter(tmp_path, LoggingConfig(), {}, say=said.append)
+    file = tmp_path / "metrics.jsonl"
+    writer.log_step(step_metrics(1))
+    writer.close()
+    file.rename(tmp_path / "aside")
+    file.symlink_to("/dev/full")
+    for step in (2, 3):
+        writer.log_step(step_metrics(step))
+    assert len(said) == 1
+    assert "metrics.jsonl cannot be written: No space left on device" in said[0]
+    (tmp_path / "aside").rename(file)
+    writer.log_step(step_metrics(4))
+    assert "can be written again" in said[1]
+    writer.close()
+    assert read_metrics(file) == [step_metrics(step) for step in range(1, 5)]
+
+
 def test_not_a_number_becomes_null_and_any_json_reader_reads_on(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, LoggingConfig(), {})
     writer.log_step({"step": 1, "loss": math.nan, "grad_norm": math.inf})

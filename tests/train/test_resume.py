@@ -89,14 +89,14 @@ class Result:
 
 def result(config: RunConfig) -> Result:
     run_dir = Path(config.train.run_dir)
-    folder, _ = checkpoint.latest(run_dir)
-    assert folder is not None
+    newest, _ = checkpoint.latest(run_dir)
+    assert newest is not None
     evaluations = run_dir / "evaluations.jsonl"
     return Result(
         read_steps(run_dir),
         evaluations.read_text() if evaluations.exists() else "",
-        checkpoint.read_manifest(folder).step,
-        saved_tensors(folder),
+        newest.step,
+        saved_tensors(newest.folder),
     )
 
 

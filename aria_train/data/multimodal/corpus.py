@@ -88,6 +88,11 @@ class MultimodalSource:
     # Reading
 
     @property
+    def fingerprint(self) -> str:
+        """See `Source`."""
+        return str(self.reader.meta["fingerprint"])
+
+    @property
     def broken_images(self) -> int:
         """Images met so far that could not be decoded."""
         return len(self._broken)

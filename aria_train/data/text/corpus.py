@@ -120,6 +120,11 @@ class TextSource:
         given = zip(("min_tokens", "max_tokens"), self._bounds)
         return "".join(f" and {name} {bound:,}" for name, bound in given if bound is not None)
 
+    @property
+    def fingerprint(self) -> str:
+        """See `Source`. The order of the corpora counts: windows follow it."""
+        return hashlib.sha256(" ".join(corpus.fingerprint() for corpus in self.corpora).encode()).hexdigest()
+
     def read(self, position: int) -> Window:
         assert 0 <= position < self.num_windows, f"window {position} of {self.num_windows}"
         pieces = slice(int(self.plan.starts[position]), int(self.plan.starts[position + 1]))

@@ -9,7 +9,7 @@ their checksums. Tensors are saved under global names with their sharding, so an
 """
 
 from aria_train.parallel.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from aria_train.parallel.checkpoint.reading import check_names, load, reader, stored_shapes, verify
+from aria_train.parallel.checkpoint.reading import load, read_index, reader, stored_shapes, verify
 from aria_train.parallel.checkpoint.saver import Saver
 from aria_train.parallel.checkpoint.shelf import (
     Entry,
@@ -21,7 +21,7 @@ from aria_train.parallel.checkpoint.shelf import (
     prune,
     resolve,
 )
-from aria_train.parallel.checkpoint.storage import Folder, locate
+from aria_train.parallel.checkpoint.storage import Folder, listing, locate, try_writing
 from aria_train.parallel.checkpoint.writing import SaveFailed, save, save_alone
 
 __all__ = [
@@ -31,20 +31,22 @@ __all__ = [
     "Manifest",
     "SaveFailed",
     "Saver",
-    "check_names",
     "entries",
     "folder_of_step",
     "home_of",
     "latest",
+    "listing",
     "load",
     "locate",
     "newest_intact",
     "prune",
+    "read_index",
     "read_manifest",
     "reader",
     "resolve",
     "save",
     "save_alone",
     "stored_shapes",
+    "try_writing",
     "verify",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from aria_train.errors import CheckpointError
-from aria_train.parallel.checkpoint.storage import Folder, size_of
+from aria_train.parallel.checkpoint.storage import Folder
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -33,6 +34,8 @@ class Manifest:
     guard: dict[str, Any] = field(default_factory=dict)
     """What the guard against bad batches knows; see `train/guard.py`."""
     format: int = FORMAT
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """What tells the corpus of every training source apart; empty in older checkpoints, which have no such entry."""
 
     @property
     def is_good(self) -> bool:
@@ -53,6 +56,8 @@ class Manifest:
 def encode(manifest: Manifest) -> bytes:
     """The manifest's file: JSON whose last entry is the CRC-32 of the JSON without it."""
     fields = asdict(manifest)
+    if not manifest.fingerprints:
+        del fields["fingerprints"]
     body = json.dumps(fields, indent=1)
     return json.dumps(fields | {"crc32": zlib.crc32(body.encode())}, indent=1).encode()
 
@@ -74,26 +79,32 @@ def decode(content: bytes) -> Manifest:
 
 
 def read_manifest(folder: Folder) -> Manifest:
-    """The manifest of a complete checkpoint: every file is there, at its size (`verify` compares the bytes).
+    """The manifest of a checkpoint; `check_sizes` compares its files' sizes, `verify` their bytes.
 
     Raises CheckpointError if it is torn or not a checkpoint.
     """
-    file = folder / MANIFEST
     try:
-        with file.open("rb") as stream:
-            manifest = decode(stream.read(_LARGEST))
-        sizes = {name: (entry["bytes"], size_of(folder / name)) for name, entry in manifest.files.items()}
+        with (folder / MANIFEST).open("rb") as stream:
+            return decode(stream.read(_LARGEST))
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{folder} is not a complete checkpoint: it has no {MANIFEST}. Give a folder such as "
             "RUN_DIR/checkpoints/step_00000100, or a run directory that holds one."
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"checkpoint {folder} is damaged: {MANIFEST}: {error!s:.200}. Use another checkpoint."
         ) from None
-    for name, (size, found) in sizes.items():
-        if found != size:
-            state = "missing" if found is None else f"{found} bytes"
+    except Exception as error:  # What an object store may raise has no common type.
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be read: {MANIFEST}: {error!s:.200}. Use another checkpoint."
+        ) from None
+
+
+def check_sizes(folder: Folder, manifest: Manifest, inside: Mapping[str, int | None]) -> None:
+    """Raises CheckpointError unless the folder, whose listing is `inside`, holds every file at its size."""
+    for name, entry in manifest.files.items():
+        size, found = entry["bytes"], inside.get(name)
+        if name not in inside or found not in (size, None):
+            state = f"{found} bytes" if name in inside else "missing"
             raise CheckpointError(f"checkpoint {folder} is damaged: {name} is {state}, {size} bytes were written.")
-    return manifest

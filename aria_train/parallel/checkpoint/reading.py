@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from aria_train.errors import CheckpointError
 from aria_train.model.aria import part_of
-from aria_train.parallel.checkpoint.manifest import read_manifest
-from aria_train.parallel.checkpoint.storage import Folder, RemotePath, size_of
-from aria_train.parallel.collectives import gather_objects
+from aria_train.parallel.checkpoint.manifest import Manifest, read_manifest
+from aria_train.parallel.checkpoint.storage import Folder
+from aria_train.parallel.collectives import broadcast_object, gather_objects
 
 INDEX = ".metadata"
 _LARGEST_INDEX = 2**32
@@ -31,26 +31,35 @@ _BLOCK = 1 << 22
 
 
 def load(
-    folder: Folder, tensors: Mapping[str, Tensor], parts: Collection[str] | None = None, verified: bool = False
+    folder: Folder,
+    tensors: Mapping[str, Tensor],
+    parts: Collection[str] | None = None,
+    verified: bool = False,
+    index: Metadata | None = None,
 ) -> None:
     """Fills the tensors, at whatever layout they have now, from a checkpoint. Collective.
 
     Tensors are filled in place, from one saved shard at a time. Raises CheckpointError, before anything is filled, if
     a file is damaged, or if the checkpoint lacks one of the tensors or holds it in another shape. Model tensors that it
     has beyond them are an error too, unless they belong to a part of the model that is not among `parts`. `verified`
-    says that `verify` has just passed, and need not be repeated.
+    says that `verify` has just passed, and need not be repeated; `index` is what `read_index` gave, if it was called.
     """
     if not verified:
         verify(folder)
-    check_names(folder, tensors, parts)
+    index = read_index(folder) if index is None else index
+    _check_names(folder, stored_shapes(folder, index), tensors, parts)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(dict(tensors), storage_reader=reader(folder))
+        dcp.load(dict(tensors), storage_reader=reader(folder, index))
 
 
-def check_names(folder: Folder, tensors: Mapping[str, Tensor], parts: Collection[str] | None = None) -> None:
+def _check_names(
+    folder: Folder,
+    stored: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Tensor],
+    parts: Collection[str] | None,
+) -> None:
     """Every wanted tensor is in the checkpoint, in the same shape, and no model tensor of these parts is left over."""
-    stored = stored_shapes(folder)
     missing = sorted(set(tensors) - set(stored))
     extra = sorted(name for name in set(stored) - set(tensors) if name.startswith("model."))
     if parts is not None:
@@ -70,27 +79,24 @@ def check_names(folder: Folder, tensors: Mapping[str, Tensor], parts: Collection
         )
 
 
-def stored_shapes(folder: Folder) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a checkpoint."""
-    metadata = reader(folder).read_metadata().state_dict_metadata
-    return {name: tuple(m.size) for name, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
+def stored_shapes(folder: Folder, index: Metadata | None = None) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a checkpoint. `index` as in `load`."""
+    stored = (read_index(folder) if index is None else index).state_dict_metadata
+    return {name: tuple(m.size) for name, m in stored.items() if isinstance(m, TensorStorageMetadata)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checksums
 
 
-def verify(folder: Folder) -> None:
+def verify(folder: Folder, manifest: Manifest | None = None) -> None:
     """Compares every file with its checksum, each rank a share of them. Collective where there is a process group.
 
-    Raises CheckpointError, on all ranks alike, naming the damaged file.
+    `manifest` is the checkpoint's, if it has been read. Raises CheckpointError, on all ranks alike, naming the damaged
+    file.
     """
-    damaged: str | None = None
-    try:
-        damaged = _compare(folder, read_manifest(folder).files)
-    except CheckpointError as error:
-        damaged = str(error)
-    reports = [report for report in gather_objects(damaged) if report]
+    manifest = broadcast_object(lambda: read_manifest(folder)) if manifest is None else manifest
+    reports = [report for report in gather_objects(_compare(folder, manifest.files)) if report]
     if reports:
         raise CheckpointError(reports[0])
 
@@ -102,7 +108,7 @@ def _compare(folder: Folder, files: Mapping[str, Mapping[str, int]]) -> str | No
     for name in by_size[rank::world]:
         try:
             found = fingerprint(folder / name)
-        except OSError as error:
+        except Exception as error:  # What an object store may raise has no common type.
             return f"checkpoint {folder} cannot be read: {name}: {error}. Use another checkpoint."
         if found != files[name]:
             return (
@@ -155,12 +161,14 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_index(folder: Folder) -> Metadata:
+def read_index(folder: Folder) -> Metadata:
+    """A checkpoint's index: which tensors there are, and where. Megabytes for thousands of ranks, so read it once."""
     try:
-        if (size_of(folder / INDEX) or 0) > _LARGEST_INDEX:
-            raise ValueError("it is too large")
         with (folder / INDEX).open("rb") as file:
-            metadata = _IndexUnpickler(io.BytesIO(file.read())).load()
+            content = file.read(_LARGEST_INDEX + 1)
+        if len(content) > _LARGEST_INDEX:
+            raise ValueError("it is too large")
+        metadata = _IndexUnpickler(io.BytesIO(content)).load()
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it is a {type(metadata).__name__}")
         for entry in metadata.state_dict_metadata.values():
@@ -181,19 +189,27 @@ def _read_index(folder: Folder) -> Metadata:
 
 
 class _PathReader(dcp.FileSystemReader):
+    index: Metadata
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return _read_index(Path(self.path))
+        return self.index
 
 
-def reader(folder: Folder) -> dcp.FileSystemReader:
-    """What `dcp.load` reads a checkpoint through."""
-    if isinstance(folder, Path):
-        return _PathReader(folder)
+def reader(folder: Folder, index: Metadata | None = None) -> dcp.FileSystemReader:
+    """What `dcp.load` reads a checkpoint through. `index` as in `load`."""
+    made = _PathReader(folder) if isinstance(folder, Path) else _url_reader(folder.url)
+    made.index = read_index(folder) if index is None else index
+    return made
+
+
+def _url_reader(url: str) -> Any:
     # Imports fsspec and its many modules, which files of this machine do without.
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
     class UrlReader(FsspecReader):
-        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-            return _read_index(RemotePath(str(self.path)))
+        index: Metadata
 
-    return UrlReader(folder.url)
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            return self.index
+
+    return UrlReader(url)

@@ -6,6 +6,7 @@ They lie in `checkpoints/` of the run directory, or of `checkpoint.storage` wher
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -13,10 +14,10 @@ from typing import Generic, TypeVar
 from aria_train.config import RunConfig
 from aria_train.config.reading import read_yaml
 from aria_train.errors import CheckpointError, ConfigError
-from aria_train.parallel.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from aria_train.parallel.checkpoint.manifest import MANIFEST, Manifest, check_sizes, read_manifest
 from aria_train.parallel.checkpoint.reading import verify
-from aria_train.parallel.checkpoint.storage import Folder, RemotePath, locate
-from aria_train.parallel.checkpoint.writing import WRITING, discard
+from aria_train.parallel.checkpoint.storage import Folder, RemotePath, listing, locate
+from aria_train.parallel.checkpoint.writing import REMOVING, WRITING, discard
 from aria_train.parallel.collectives import broadcast_object
 
 F = TypeVar("F", Path, RemotePath, Folder)
@@ -33,6 +34,17 @@ class Entry(Generic[F]):
     is_unfinished: bool = False
     """Whether it is being written, or was, or is half removed."""
 
+    @property
+    def step(self) -> int:
+        """Of a complete one."""
+        assert self.manifest is not None, f"{self.folder} is not complete"
+        return self.manifest.step
+
+    @property
+    def remark(self) -> str:
+        """A sentence about one that was passed over."""
+        return f"ignored {self.folder}: {self.problem}"
+
 
 def home_of(config: RunConfig) -> Folder:
     """Where a run keeps its checkpoints."""
@@ -44,55 +56,68 @@ def folder_of_step(home: F, step: int) -> F:
 
 
 def entries(home: F) -> list[Entry[F]]:
-    """All checkpoints of a run, oldest first, also those that are torn or being written."""
+    """All checkpoints of a run, oldest first, also those that are torn or being written.
+
+    Raises CheckpointError where the storage does not say which there are.
+    """
+    return list(_newest_first(home))[::-1]
+
+
+_NAME = re.compile(rf"step_(\d+)({re.escape(WRITING)}|{re.escape(REMOVING)})?")
+
+
+def _newest_first(home: F) -> Iterator[Entry[F]]:
     shelf = home / "checkpoints"
-    if not shelf.is_dir():
-        return []
-    found = [(int(match[1]), folder) for folder in shelf.iterdir() if (match := _NAME.fullmatch(folder.name))]
-    return [_inspect(folder) for _, folder in sorted(found, key=lambda pair: (pair[0], pair[1].name))]
+    found = [(int(match[1]), name) for name in listing(shelf) or () if (match := _NAME.fullmatch(name))]
+    for _, name in sorted(found, reverse=True):
+        inside = listing(shelf / name)
+        # Another process may have removed it just now.
+        if inside is not None:
+            yield _inspect(shelf / name, inside)
 
 
-_NAME = re.compile(rf"step_(\d+)(?:{re.escape(WRITING)})?")
-
-
-def _inspect(folder: F) -> Entry[F]:
-    if folder.name.endswith(WRITING) or not (folder / MANIFEST).exists():
+def _inspect(folder: F, inside: Mapping[str, int | None]) -> Entry[F]:
+    if folder.name.endswith(REMOVING):
+        return Entry(folder, None, "its removal was interrupted", is_unfinished=True)
+    # A store has no renames: there a folder is being written until its manifest comes.
+    if folder.name.endswith(WRITING) or (isinstance(folder, RemotePath) and MANIFEST not in inside):
         return Entry(folder, None, "its writing was interrupted", is_unfinished=True)
     try:
-        return Entry(folder, read_manifest(folder))
+        manifest = read_manifest(folder)
+        check_sizes(folder, manifest, inside)
     except CheckpointError as error:
         return Entry(folder, None, str(error))
+    return Entry(folder, manifest)
 
 
-def latest(home: F) -> tuple[F | None, list[str]]:
-    """The newest complete checkpoint of a run, and a sentence about each torn one that was passed over."""
-    passed: list[str] = []
-    for entry in reversed(entries(home)):
+def latest(home: F) -> tuple[Entry[F] | None, list[Entry[F]]]:
+    """The newest complete checkpoint of a run, and the torn ones that were passed over."""
+    passed: list[Entry[F]] = []
+    for entry in _newest_first(home):
         if entry.manifest is not None:
-            return entry.folder, passed
-        passed.append(f"ignored {entry.folder}: {entry.problem}")
+            return entry, passed
+        passed.append(entry)
     return None, passed
 
 
-def newest_intact(home: F, before: int | None = None, good: bool = False) -> tuple[F | None, list[str]]:
-    """The newest checkpoint whose every byte is as written, and a sentence about each that was passed over. Collective.
+def newest_intact(home: F, before: int | None = None, good: bool = False) -> tuple[Entry[F] | None, list[Entry[F]]]:
+    """The newest checkpoint whose every byte is as written, and those that were passed over. Collective: the first
+    rank looks, and all read.
 
     With `before`, of those at an earlier step; with `good`, of those that no skipped step came right before.
     """
-    candidates: list[F] = []
-    passed: list[str] = []
-    for entry in broadcast_object(lambda: list(reversed(entries(home)))):
-        if entry.manifest is None:
-            passed.append(f"ignored {entry.folder}: {entry.problem}")
-        elif (before is None or entry.manifest.step < before) and (entry.manifest.is_good or not good):
-            candidates.append(entry.folder)
-    for folder in candidates:
-        try:
-            verify(folder)
-        except CheckpointError as error:
-            passed.append(f"ignored {folder}: {error}")
+    found = broadcast_object(lambda: list(_newest_first(home)))
+    passed = [entry for entry in found if entry.manifest is None]
+    for entry in found:
+        manifest = entry.manifest
+        if manifest is None or (before is not None and manifest.step >= before) or (good and not manifest.is_good):
             continue
-        return folder, passed
+        try:
+            verify(entry.folder, manifest)
+        except CheckpointError as error:
+            passed.append(Entry(entry.folder, None, str(error)))
+            continue
+        return entry, passed
     return None, passed
 
 
@@ -100,13 +125,15 @@ def resolve(path: str | Folder) -> Folder:
     """A checkpoint folder, given itself, the run directory, or the `checkpoint.storage` around it."""
     path = _storage_of(path)
     folder = locate(path)
-    if (folder / MANIFEST).exists():
+    inside = listing(folder) or {}
+    if MANIFEST in inside:
         return folder
-    if (folder / "checkpoints").is_dir():
+    if "checkpoints" in inside:
         newest, passed = latest(folder)
         if newest is not None:
-            return newest
-        raise CheckpointError(f"run directory {folder} has no complete checkpoint. {' '.join(passed)}".strip())
+            return newest.folder
+        remarks = " ".join(entry.remark for entry in passed)
+        raise CheckpointError(f"run directory {folder} has no complete checkpoint. {remarks}".strip())
     read_manifest(folder)
     return folder
 
@@ -130,6 +157,8 @@ def prune(home: F, keep_last: int, keep_every_steps: int = 0, unfinished: bool =
     Those of steps that are multiples of `keep_every_steps` stay, and so does the newest good one, to which a rollback
     would return. Damaged ones stay too: what cannot be read now may be readable tomorrow. With `unfinished` false,
     folders that a run may be writing at the moment are left alone. Returns what went.
+
+    Raises CheckpointError where the storage does not say what there is; then nothing is removed.
     """
     found = entries(home)
     complete = [(entry.folder, entry.manifest) for entry in found if entry.manifest is not None]

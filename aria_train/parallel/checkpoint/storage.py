@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import posixpath
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, TypeAlias, cast
 
-from aria_train.errors import ConfigError
+from aria_train.errors import CheckpointError, ConfigError
 
 
 class RemotePath:
@@ -41,24 +41,15 @@ class RemotePath:
     def with_name(self, name: str) -> RemotePath:
         return RemotePath(f"{self.url.rpartition('/')[0]}/{name}")
 
-    def exists(self) -> bool:
-        self.fs.invalidate_cache()
-        return bool(self.fs.exists(self.path))
-
-    def is_dir(self) -> bool:
-        self.fs.invalidate_cache()
-        return bool(self.fs.isdir(self.path))
-
-    def iterdir(self) -> Iterator[RemotePath]:
-        self.fs.invalidate_cache()
-        return (self / posixpath.basename(path.rstrip("/")) for path in self.fs.ls(self.path, detail=False))
-
     def open(self, mode: str) -> IO[Any]:
         return cast("IO[Any]", self.fs.open(self.path, mode))
 
     def unlink(self, missing_ok: bool = False) -> None:
-        if not missing_ok or self.exists():
+        try:
             self.fs.rm_file(self.path)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
 
 
 Folder: TypeAlias = Path | RemotePath
@@ -71,12 +62,34 @@ def locate(path: str | Folder) -> Folder:
     return path
 
 
-def size_of(file: Folder) -> int | None:
-    """Bytes in a file; None if there is no such file."""
-    if isinstance(file, RemotePath):
-        file.fs.invalidate_cache()
-        return int(file.fs.size(file.path)) if file.fs.isfile(file.path) else None
-    return file.stat().st_size if file.is_file() else None
+def listing(folder: Folder) -> dict[str, int | None] | None:
+    """Name -> bytes of all that lies in a folder (bytes: None where the store does not tell); None if there is none.
+
+    Raises CheckpointError where that cannot be found out. So what is not listed is not there: `exists` and `isdir` of
+    most fsspec stores also say no when the store does not answer.
+    """
+    try:
+        if isinstance(folder, RemotePath):
+            folder.fs.invalidate_cache()
+            found = {entry["name"].rstrip("/"): entry.get("size") for entry in folder.fs.ls(folder.path, detail=True)}
+            # Asked about a file, stores list the file itself.
+            return {posixpath.basename(path): size for path, size in found.items() if path != folder.path}
+        with os.scandir(folder) as inside:
+            return {entry.name: _size(entry) for entry in inside}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:  # What an object store may raise has no common type.
+        raise CheckpointError(
+            f"{folder} cannot be listed, so what checkpoints there are is not known: {error!s:.300}. Try again once "
+            "the storage answers, or mend its permissions."
+        ) from None
+
+
+def _size(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def make_folder(folder: Folder) -> None:
@@ -90,8 +103,20 @@ def remove_tree(folder: Folder) -> None:
     """Removes a folder and all in it. Does nothing if there is none, and leaves what it may not remove."""
     if not isinstance(folder, RemotePath):
         shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
+        return
+    folder.fs.invalidate_cache()
+    with contextlib.suppress(FileNotFoundError):
         folder.fs.rm(folder.path, recursive=True)
+
+
+def try_writing(folder: Folder) -> None:
+    """Writes a file into a folder, which is made if need be, and removes it. Raises whatever the storage raises."""
+    make_folder(folder)
+    probe = folder / ".probe"
+    write_durably(probe, b"0" * 4096)
+    # Whoever may write but not remove can save all the same.
+    with contextlib.suppress(Exception):
+        probe.unlink()
 
 
 def write_durably(file: Folder, content: bytes) -> None:

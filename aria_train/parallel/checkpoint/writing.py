@@ -8,6 +8,7 @@ is what makes the folder a checkpoint. A process that dies at any moment leaves 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from aria_train.errors import CheckpointError
 from aria_train.parallel.checkpoint.manifest import MANIFEST, Manifest, encode
-from aria_train.parallel.checkpoint.reading import fingerprint
+from aria_train.parallel.checkpoint.reading import INDEX, fingerprint
 from aria_train.parallel.checkpoint.storage import (
     Folder,
     RemotePath,
@@ -29,7 +30,10 @@ from aria_train.parallel.checkpoint.storage import (
 )
 from aria_train.parallel.collectives import gather_objects
 
-WRITING = ".writing"
+WRITING, REMOVING = ".writing", ".removing"
+
+_LITTLE = 2**24
+"""Bytes that may be left of a full file system."""
 _COPY_AHEAD = 0
 """Bytes that DCP copies from a GPU while it writes. What is saved is on the host already; with more, its thread would
 wait for the training's stream again and again."""
@@ -62,9 +66,10 @@ def save(
 
     def read_back() -> None:
         # Still in the page cache; together the ranks cover every file once.
-        for path in writing.iterdir():
-            if _owner(path.name) == dist.get_rank(group):
-                files[path.name] = fingerprint(path)
+        for name in (f"__{dist.get_rank(group)}_0.distcp", *([INDEX] if is_first else [])):
+            # A rank that holds no part of any tensor writes no file.
+            with contextlib.suppress(FileNotFoundError):
+                files[name] = fingerprint(writing / name)
 
     def publish() -> None:
         if is_first:
@@ -87,6 +92,8 @@ def _together(phase: Callable[[], None], writing: Folder, target: Folder, group:
         problem = "; ".join(f"rank {rank}: {failure!s:.300}" for rank, (failure, _) in sorted(error.failures.items()))
     except Exception as error:  # What a file system or an object store may raise has no common type.
         problem = f"rank {dist.get_rank(group)}: {error!s:.300}"
+    if problem and _is_full(writing):
+        problem = f"no space left on device: {problem}"
     problems = [report for report in gather_objects(problem, group) if report]
     if problems:
         if dist.get_rank(group) == 0:
@@ -96,6 +103,14 @@ def _together(phase: Callable[[], None], writing: Folder, target: Folder, group:
             f"{target} could not be written: {problems[0]}. Earlier checkpoints are untouched; free space or mend the "
             "permissions."
         )
+
+
+def _is_full(folder: Folder) -> bool:
+    """Whether a file system has no space left: what writes tensors does not say so."""
+    with contextlib.suppress(OSError):
+        if isinstance(folder, Path):
+            return shutil.disk_usage(folder).free < _LITTLE
+    return False
 
 
 def save_alone(target: Path, write: Callable[[Path], None], manifest: Manifest) -> None:
@@ -137,11 +152,14 @@ def _publish(writing: Folder, target: Folder, manifest: Manifest) -> None:
 
 
 def discard(folder: Folder) -> None:
-    """Removes a folder. The manifest goes first, so that what a kill leaves half removed is no checkpoint."""
-    (folder / MANIFEST).unlink(missing_ok=True)
+    """Removes a folder, if it is there. It is renamed first or, in a store, its manifest goes first: what a kill leaves
+    half removed is no checkpoint, and known as such."""
+    if isinstance(folder, RemotePath):
+        (folder / MANIFEST).unlink(missing_ok=True)
+    elif not folder.name.endswith((WRITING, REMOVING)):
+        going = folder.with_name(folder.name + REMOVING)
+        remove_tree(going)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(going)
+        folder = going
     remove_tree(folder)
-
-
-def _owner(name: str) -> int:
-    """Data files are named `__RANK_N.distcp`; rank 0 writes the rest."""
-    return int(name.split("_")[2]) if name.endswith(".distcp") else 0
