@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from aria_train.arguments import local_path
 from aria_train.elastic import leave_stopped
 from aria_train.errors import EXIT_USER_ERROR, Stopped, UserError
 
@@ -104,11 +105,13 @@ def _register_weights(subparsers: Any) -> None:
     load.add_argument(
         "hf_dir", metavar="HF_DIR", help="folder with config.json and safetensors, in any published naming"
     )
-    load.add_argument("checkpoint", metavar="CHECKPOINT", help="new checkpoint folder, for checkpoint.init_from")
+    load.add_argument(
+        "checkpoint", type=local_path, metavar="CHECKPOINT", help="new checkpoint folder, for checkpoint.init_from"
+    )
     load.set_defaults(run=_command("aria_train.stages.weights", "run_import"))
     store = subparsers.add_parser("export", help="make Hugging Face weights of a checkpoint")
     store.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or run directory")
-    store.add_argument("hf_dir", metavar="HF_DIR", help="new folder, which transformers loads")
+    store.add_argument("hf_dir", type=local_path, metavar="HF_DIR", help="new folder, which transformers loads")
     store.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     store.set_defaults(run=_command("aria_train.stages.weights", "run_export"))
 

@@ -122,7 +122,8 @@ class RunConfig(Section):
         return self
 
 
-_CREDENTIALS = re.compile(r"://[^/\s]*@")
+_CREDENTIALS = re.compile(r"://[^/\s@]*:[^/\s]*@|https?://[^/\s]*@")
+"""`user:password@`. A name alone is Azure's way to name a container, but with https it is often a token."""
 _ASSIGNED_SECRET = re.compile(r"(key|_token|secret|password)=[\"']?[^\s$\"']", re.IGNORECASE)
 
 

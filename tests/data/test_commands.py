@@ -61,6 +61,25 @@ def test_a_users_mistake_is_one_paragraph_and_status_2(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data", "tokenizer", "s3://b/x", "--from", "y"],
+        ["data", "prepare", "s3://b/x", "y", "--tokenizer", "z"],
+        ["data", "concatenate", "s3://b/x", "y"],
+        ["data", "needles", "s3://b/x", "y", "--tokenizer", "z", "--documents", "1", "--max-tokens", "99"],
+        ["import", "y", "s3://b/x"],
+        ["export", "y", "s3://b/x"],
+    ],
+)
+def test_nothing_is_written_to_a_url(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "s3://b/x: is a URL; only a path of this machine" in capsys.readouterr().err
+    assert not Path("s3:").exists()
+
+
 def test_help_imports_nothing_heavy() -> None:
     program = (
         "import sys; from aria_train.cli import main\n"

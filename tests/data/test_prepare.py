@@ -39,7 +39,7 @@ def write_lines(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def run(output: Path, tokenizer: Path, /, *inputs: Path | str, **options: Any) -> None:
+def run(output: Path | str, tokenizer: Path, /, *inputs: Path | str, **options: Any) -> None:
     defaults = {"text_key": "text", "glob": None, "holdout_fraction": 0.0, "processes": 1, "overwrite": False}
     given = {"output": str(output), "inputs": [str(path) for path in inputs], "tokenizer": str(tokenizer)}
     commands._prepare(argparse.Namespace(format="text", **{**given, **defaults, **options}))
@@ -273,6 +273,29 @@ def test_an_existing_corpus_is_replaced_only_on_demand(tmp_path: Path, tokenizer
     write_lines(lines, [{"text": "newer"}])
     run(tmp_path / "out", tokenizer, lines, overwrite=True)
     assert texts(tmp_path / "out", tokenizer) == ["newer"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("out.json", '{"my": "notes"}'), ("out.bin", "weights"), ("out.idx", "a list"), ("out_validation.json", "[]")],
+)
+def test_files_that_are_no_corpus_are_never_replaced(tmp_path: Path, tokenizer: Path, name: str, content: str) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", [{"text": text(n)} for n in range(50)])
+    (tmp_path / name).write_text(content)
+    for overwrite, message in ((False, "exists already"), (True, "is no part of a text corpus")):
+        with pytest.raises(DataError, match=f"{name}: {message}"):
+            run(tmp_path / "out", tokenizer, lines, holdout_fraction=0.5, overwrite=overwrite)
+    assert (tmp_path / name).read_text() == content
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("output", ["folder/", ".", ".."])
+def test_a_prefix_has_a_name(tmp_path: Path, tokenizer: Path, output: str) -> None:
+    (tmp_path / "folder").mkdir()
+    lines = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    with pytest.raises(DataError, match=r"not a prefix of file names. Give one, such as .*/train"):
+        run(f"{tmp_path}/{output}", tokenizer, lines)
+    assert not list((tmp_path / "folder").iterdir())
 
 
 def test_held_out_documents_do_not_slip_into_training(tmp_path: Path, tokenizer: Path) -> None:

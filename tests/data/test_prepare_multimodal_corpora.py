@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -130,6 +131,30 @@ train: {max_steps: 1}
 """
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("captions.jsonl", "is not a folder"),
+        ("images", "holds large.jpg, which is no part of a corpus"),
+        ("described", "holds no meta.json, as a corpus does"),
+        (".", "not a name for a new folder"),
+    ],
+)
+def test_what_is_no_corpus_is_never_replaced(tokenizer, folder, capsys, name, message):
+    (folder / "stage.yaml").write_text(CONFIG)
+    lines = write_lines(folder / "captions.jsonl", [{"image": "small.png", "caption": "A cat."}])
+    (folder / "images").mkdir()
+    shutil.copy(folder / "large.jpg", folder / "images")
+    (folder / "described" / "packing").mkdir(parents=True)
+    before = sorted(folder.rglob("*"))
+    output = "." if name == "." else str(folder / name)
+    command = ["data", "prepare", output, str(lines), "--tokenizer", tokenizer, "--format", "captions"]
+    command += ["--processes", "1", "--model-config", str(folder / "stage.yaml"), "--overwrite"]
+    assert run(command) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_the_command_makes_a_corpus_once(tokenizer, folder, capsys):
     (folder / "stage.yaml").write_text(CONFIG)
     write_lines(folder / "captions.jsonl", [{"image": "small.png", "caption": "A cat."}] * 3)
@@ -141,6 +166,10 @@ def test_the_command_makes_a_corpus_once(tokenizer, folder, capsys):
     assert "exists already" in capsys.readouterr().err
     assert run([*command, "--overwrite", "--image-size", "112"]) == 0
     assert Reader(folder / "out").meta["image_tokens"] == 48
+    (folder / "out" / "sub").mkdir()
+    assert run([*command, "--overwrite"]) == 2
+    assert "holds sub, which is no part of a corpus" in " ".join(capsys.readouterr().err.split())
+    (folder / "out" / "sub").rmdir()
     assert run([*command, "--overwrite", "--image-size", "490"]) == 2
     assert "--image-size 490: must be one of model.vision.image_sizes, which are [56, 112]" in " ".join(
         capsys.readouterr().err.split()

@@ -171,7 +171,8 @@ def test_run_directories_lie_side_by_side(tmp_path: Path, last: str, message: st
 
 
 def test_a_store_has_a_place_for_every_stage(tmp_path: Path) -> None:
-    stages = load_stages(write_stages(tmp_path), ["train.run_dir=runs", "checkpoint.storage=memory://bucket/run/"])
+    stages = load_stages(write_stages(tmp_path), ["train.run_dir='runs'", "checkpoint.storage=memory://bucket/run/"])
+    assert [stage.config.train.run_dir for stage in stages] == [f"runs/{stage.name}" for stage in stages]
     assert stages[1].config.checkpoint.init_from == f"memory://bucket/run/{ONE}/checkpoints/step_00000005"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from rich.table import Column, Table
 from aria_train.data.packing import plan_documents
 from aria_train.data.text import tokenizer as tokenizers_
 from aria_train.data.text.corpus import find_prefixes
-from aria_train.data.text.indexed import IndexedCorpus
+from aria_train.data.text.indexed import IndexedCorpus, read_metadata
 from aria_train.errors import DataError
 
 _BAR = 20
@@ -49,20 +48,12 @@ def _describe(console: Console, corpus: IndexedCorpus, context_length: int) -> N
     facts.add_row("tokens", f"{corpus.num_tokens:,} as {corpus.dtype.name}")
     facts.add_row(f"windows of {context_length:,}", f"{stats.windows:,}, {stats.efficiency:.2%} full")
     facts.add_row("longer than a window", f"{stats.cut:,} documents, cut into pieces")
-    for key, value in _metadata(corpus).items():
+    for key, value in read_metadata(corpus.prefix).items():
         if key != "skipped":
             facts.add_row(f"{key} (as prepared)", escape(str(value)))
     console.print(facts)
     if len(lengths):
         console.print(length_histogram(lengths))
-
-
-def _metadata(corpus: IndexedCorpus) -> dict[str, object]:
-    try:
-        metadata = json.loads(Path(corpus.prefix + ".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def length_histogram(lengths: NDArray[np.int64]) -> Table:
@@ -85,7 +76,7 @@ def _show_document(console: Console, corpus: IndexedCorpus, document: int, folde
     if not 0 <= document < corpus.num_documents:
         raise DataError(f"--document {document}: {corpus.prefix} has documents 0 to {corpus.num_documents - 1}.")
     tokens = corpus.read(document, 0, _SAMPLE_TOKENS).tolist()
-    folder = folder or str(_metadata(corpus).get("tokenizer", ""))
+    folder = folder or str(read_metadata(corpus.prefix).get("tokenizer", ""))
     console.print(f"[bold]document {document}[/bold], its first {len(tokens)} tokens:")
     if not folder or not Path(folder).is_dir():
         console.print(" ".join(map(str, tokens)))

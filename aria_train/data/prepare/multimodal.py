@@ -26,7 +26,7 @@ from typing import Any
 
 from aria_train.config import load_config
 from aria_train.data.multimodal.formats import BadRecord, Encoder, Recipe
-from aria_train.data.multimodal.store import Sample, Writer
+from aria_train.data.multimodal.store import FILES, Sample, Writer
 from aria_train.data.prepare import multimodal_inputs
 from aria_train.data.prepare.multimodal_inputs import Unit, read_records
 from aria_train.data.prepare.skips import SkipReport, refuse_empty
@@ -88,9 +88,9 @@ def prepare_multimodal(
     total = sum(os.path.getsize(path) for path in paths)
     skips = SkipReport()
     with contextlib.ExitStack() as stack:
-        targets = {suffix: output.with_name(output.name + suffix) for suffix in suffixes}
+        targets = {suffix: Path(f"{output}{suffix}") for suffix in suffixes}
         # First entered is last published: a training part that is there says that all is.
-        folders = {s: stack.enter_context(replacing(targets[s], overwrite, "corpus")) for s in suffixes}
+        folders = {s: stack.enter_context(replacing(targets[s], overwrite, "corpus", FILES)) for s in suffixes}
         writers = {suffix: stack.enter_context(Writer(folders[suffix])) for suffix in suffixes}
         skipped_file = stack.enter_context(open(folders[""] / "skipped.jsonl", "w", encoding="utf-8"))
         progress = stack.enter_context(Progress(total, "preparing"))

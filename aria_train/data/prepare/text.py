@@ -37,7 +37,15 @@ from aria_train.data.prepare.text_inputs import (
     split_into_units,
 )
 from aria_train.data.text import tokenizer as tokenizers_
-from aria_train.data.text.indexed import IndexedCorpus, IndexedWriter, publish_files, strip_suffix, token_dtype
+from aria_train.data.text.indexed import (
+    IndexedCorpus,
+    IndexedWriter,
+    is_index_file,
+    publish_files,
+    read_metadata,
+    strip_suffix,
+    token_dtype,
+)
 from aria_train.errors import DataError
 from aria_train.publish import workplace_beside
 
@@ -74,21 +82,36 @@ def prepare(args: argparse.Namespace) -> None:
     """`aria-train data prepare --format text`; see `commands` for the arguments."""
     prefix = strip_suffix(args.output)
     job = Job(args.tokenizer, args.text_key, args.holdout_fraction)
+    if os.path.basename(prefix) in ("", ".", ".."):
+        better = os.path.join(prefix, "train")
+        raise DataError(f"{args.output}: not a prefix of file names. Give one, such as {better}.")
     for suffix in job.parts:
-        if Path(f"{prefix}{suffix}.idx").exists() and not args.overwrite:
-            raise DataError(f"{prefix}{suffix}.idx: exists already. Choose another prefix, or give --overwrite.")
+        _refuse_existing(prefix + suffix, args.overwrite)
     if not job.holdout_fraction:
         _refuse_stale_holdout(prefix)
     prepare_text(prefix, find_inputs(args.inputs, args.glob), job, args.processes or _num_cpus())
 
 
+def _refuse_existing(prefix: str, overwrite: bool) -> None:
+    """Raises DataError if a file of the corpus exists, unless it may be overwritten and belongs to one."""
+    index, tokens, description = (Path(prefix + end) for end in (".idx", ".bin", ".json"))
+    found = [path for path in (index, tokens, description) if os.path.lexists(path)]
+    if found and not overwrite:
+        raise DataError(f"{found[0]}: exists already. Choose another prefix, or give --overwrite.")
+    is_ours = read_metadata(prefix).get("kind") == "text"
+    is_index = is_index_file(index)
+    foreign = {index: not is_index, tokens: not (is_ours or is_index), description: not is_ours}
+    for path in found:
+        if foreign[path] or not path.is_file():
+            raise DataError(
+                f"{path}: is no part of a text corpus. --overwrite replaces a corpus and nothing else. Choose another "
+                "prefix, or move it away."
+            )
+
+
 def _refuse_stale_holdout(prefix: str) -> None:
     """Without a hold-out, documents that an earlier preparation held out would be trained on."""
-    try:
-        part = json.loads(Path(f"{prefix}_validation.json").read_text(encoding="utf-8")).get("part")
-    except (OSError, ValueError, AttributeError):
-        return
-    if part == "validation":
+    if read_metadata(f"{prefix}_validation").get("part") == "validation":
         raise DataError(
             f"{prefix}_validation: was held out of {prefix} by an earlier preparation; without --holdout-fraction its "
             "documents would be trained on. Give the same --holdout-fraction, or remove the files "
