@@ -85,6 +85,12 @@ def test_numbers_of_tokens(text: str, tokens: int, write: Any) -> None:
     assert load_config(write(GOOD), [f"train.max_tokens={text}"]).train.max_tokens == tokens
 
 
+def test_a_warm_up_longer_than_the_run_is_said(write: Any) -> None:
+    assert not [*load_config(write(GOOD)).doubts()]
+    (doubt,) = load_config(write(GOOD), ["schedule.warmup_tokens=100T"]).doubts()
+    assert "schedule.warmup_tokens 100,000,000,000,000 is more than the 1,536 tokens of the run" in doubt
+
+
 def test_off_is_no_truth_value(write: Any) -> None:
     assert load_config(write(GOOD), ["logging.wandb=off"]).logging.wandb == "off"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import model_validator
@@ -62,6 +63,15 @@ class RunConfig(Section):
         if start is None or tokens >= self.schedule.rope_tokens:
             return base
         return start * (base / start) ** (tokens / self.schedule.rope_tokens)
+
+    def doubts(self) -> Iterator[str]:
+        """What works, and is seldom meant."""
+        tokens = self.total_steps * self.tokens_per_step
+        if self.schedule.warmup_tokens > tokens:
+            yield (
+                f"schedule.warmup_tokens {self.schedule.warmup_tokens:,} is more than the {tokens:,} tokens of the "
+                "run: the learning rate never reaches optimizer.lr"
+            )
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

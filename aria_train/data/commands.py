@@ -179,6 +179,8 @@ def _tokenizer(args: argparse.Namespace) -> None:
     if args.source is not None:
         made = tokenizer.copy_tokenizer(args.source, args.output, args.overwrite)
     else:
+        if not 1 <= args.max_bytes < 2**63:
+            raise DataError(f"--max-bytes {args.max_bytes}: must be a number of bytes, 1 or more, such as 1e9.")
         paths = find_inputs(args.inputs, args.glob)
         made = tokenizer.train_on_files(
             paths, args.text_key, args.vocab_size, args.output, int(args.max_bytes), args.overwrite

@@ -44,7 +44,7 @@ def check(stages: Sequence[Stage]) -> Report:
     _check_tokenizers(stages, descriptions, report)
     for stage in stages:
         report.absent += [f"{stage.name}: {sentence}" for sentence in _absent_weights(stage, stage is stages[0])]
-        report.notes += [f"{stage.name}: {sentence}" for sentence in _rope_notes(stage)]
+        report.notes += [f"{stage.name}: {sentence}" for sentence in (*stage.config.doubts(), *_rope_notes(stage))]
     for before, stage in itertools.pairwise(stages):
         report.problems += [f"{stage.name}: {sentence}" for sentence in _hand_over(before, stage)]
         report.notes += [f"{stage.name}: {sentence}" for sentence in _context_notes(before, stage)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -108,6 +109,21 @@ def test_a_damaged_file_is_reported_and_the_others_are_read(tokenizer, folder, c
     assert metadata[""]["samples"] == 2
     assert metadata[""]["skipped"]["unreadable file"]["documents"] == 3
     assert "unreadable file" in capsys.readouterr().out
+
+
+def test_names_that_are_no_text_and_links_that_lead_nowhere(tokenizer, folder, capsys):
+    odd = folder / os.fsdecode(b"\xe9.jsonl")
+    write_lines(odd, [{"image": "small.png", "caption": "A cat."}, {"caption": "no image"}])
+    (folder / "gone.jsonl").symlink_to(folder / "nowhere")
+    metadata = prepare_multimodal(
+        folder / "out", [str(odd), str(folder / "gone.jsonl")], recipe_for(tokenizer, "captions")
+    )
+    assert metadata[""]["samples"] == 1
+    assert Reader(folder / "out").sample(0).origin.endswith(r"\xe9.jsonl:1")
+    skipped = [json.loads(line) for line in (folder / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert skipped[0]["path"].endswith(r"\xe9.jsonl")
+    assert skipped[1]["reason"] == "unreadable file"
+    assert r"\xe9.jsonl:2" in capsys.readouterr().out
 
 
 def test_nothing_usable_writes_nothing(tokenizer, folder):

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from aria_train.data.multimodal.store import FILES, Sample, Writer
 from aria_train.data.prepare import multimodal_inputs
 from aria_train.data.prepare.multimodal_inputs import Unit, read_records
 from aria_train.data.prepare.skips import SkipReport, refuse_empty
-from aria_train.data.prepare.text_inputs import Skipped, find_inputs
+from aria_train.data.prepare.text_inputs import Skipped, find_inputs, printable, size_of
 from aria_train.data.prepare.workers import in_order, worker_pool
 from aria_train.data.text import tokenizer
 from aria_train.errors import DataError
@@ -81,7 +80,7 @@ def prepare_multimodal(
 
     Encoder(recipe)  # what is wrong with the tokenizer is said before any process starts
     suffixes = ("", "_validation") if holdout_fraction else ("",)
-    total = sum(os.path.getsize(path) for path in paths)
+    total = sum(size_of(path) for path in paths)
     skips = SkipReport()
     with contextlib.ExitStack() as stack:
         targets = {suffix: Path(f"{output}{suffix}") for suffix in suffixes}
@@ -137,7 +136,7 @@ def _common_metadata(recipe: Recipe, holdout_fraction: float, skips: SkipReport)
 
 
 def _as_line(skipped: Skipped) -> str:
-    entry = {"path": skipped.path, "line": skipped.line, "reason": skipped.reason, "detail": skipped.detail}
+    entry = {"path": printable(skipped.path), "line": skipped.line, "reason": skipped.reason, "detail": skipped.detail}
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
@@ -201,7 +200,7 @@ def encode_unit(unit: Unit, encoder: Encoder) -> UnitResult:
             continue
         line, record = item
         try:
-            result.samples.append(encoder.encode(record, f"{unit.path}:{line}"))
+            result.samples.append(encoder.encode(record, f"{printable(unit.path)}:{line}"))
         except BadRecord as error:
             result.skipped.append(Skipped(error.reason, unit.path, line, error.detail))
     return result

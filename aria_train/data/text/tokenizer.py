@@ -67,6 +67,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, o
             f"--vocab-size {vocab_size}: a byte-level tokenizer needs at least {SMALLEST_VOCABULARY} tokens, the "
             f"{NUM_RESERVED} reserved ones and one per byte. Usual sizes are 8192 to 131072."
         )
+    if vocab_size >= 2**31:
+        raise DataError(f"--vocab-size {vocab_size}: token ids are numbers below 2^31. Usual sizes are 8192 to 131072.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
