@@ -23,6 +23,9 @@ from aria_train.config.fields import (
     WandbMode,
 )
 
+MAX_CONTEXT = 1 << 24
+"""Tokens of a window at most: packing keeps a list for every room that a window may have left."""
+
 
 class VisionConfig(Section):
     """The vision encoder (SigLIP-type ViT at native resolution) and the projector behind it."""
@@ -223,7 +226,7 @@ class LoraConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    context_length: Size = 8192
+    context_length: Annotated[Size, Field(le=MAX_CONTEXT)] = 8192
     """Tokens per window."""
     global_batch_size: Size = 1
     """Windows per optimizer step, over all ranks and micro-batches."""

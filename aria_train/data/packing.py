@@ -160,12 +160,14 @@ class _OpenBins:
 def cached_plan(folders: Sequence[Path], key: str, build: Callable[[], PackingPlan]) -> PackingPlan:
     """The plan named `key` from the first of `folders` that has it, else built and kept in the first that is writable.
 
-    A plan on disk is complete or absent: it is written aside and renamed. Of several processes that want the same
-    plan one builds while the others wait for it. Without a writable folder the plan is built in memory.
+    A plan on disk is complete or absent: it is written aside and renamed. A damaged one is built again. Of several
+    processes that want the same plan one builds while the others wait for it. Without a writable folder the plan is
+    built in memory.
     """
     for folder in folders:
-        if (folder / key).is_dir():
-            return _load(folder / key)
+        plan = _load(folder / key)
+        if plan is not None:
+            return plan
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -174,10 +176,12 @@ def cached_plan(folders: Sequence[Path], key: str, build: Callable[[], PackingPl
             continue
         try:
             with _locked(folder / f".{key}.lock"):
-                if not (folder / key).is_dir():
-                    _save(build(), workplace)
+                plan = _load(folder / key)
+                if plan is None:
+                    plan = build()
+                    _save(plan, workplace)
                     _rename(workplace, folder / key)
-            return _load(folder / key)
+            return _load(folder / key) or plan
         finally:
             shutil.rmtree(workplace, ignore_errors=True)
     return build()
@@ -187,18 +191,30 @@ def _save(plan: PackingPlan, folder: Path) -> None:
     for name in ("starts", "documents", "pieces"):
         np.save(folder / f"{name}.npy", getattr(plan, name), allow_pickle=False)
     (folder / "stats.json").write_text(json.dumps(asdict(plan.stats), indent=1))
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
     folder.chmod(0o755)
 
 
-def _load(folder: Path) -> PackingPlan:
-    # asarray drops the memmap class, whose slicing is slow, and keeps the mapping.
-    arrays = {
-        name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("starts", "documents", "pieces")
-    }
-    return PackingPlan(**arrays, stats=PackingStats(**json.loads((folder / "stats.json").read_text())))
+def _load(folder: Path) -> PackingPlan | None:
+    """The plan in a folder; None if there is none, or it is damaged."""
+    try:
+        # asarray drops the memmap class, whose slicing is slow, and keeps the mapping.
+        arrays = {
+            name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+            for name in ("starts", "documents", "pieces")
+        }
+        plan = PackingPlan(**arrays, stats=PackingStats(**json.loads((folder / "stats.json").read_text())))
+    except Exception:  # Damaged files raise anything.
+        return None
+    pieces = int(plan.starts[-1]) if len(plan.starts) else -1
+    return plan if pieces == len(plan.documents) == len(plan.pieces) else None
 
 
 def _rename(workplace: Path, target: Path) -> None:
+    if _load(target) is None:
+        shutil.rmtree(target, ignore_errors=True)  # damaged
     try:
         workplace.rename(target)
     except OSError:

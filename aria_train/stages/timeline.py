@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from aria_train.errors import ConfigError
 from aria_train.stages.plan import mixture, total_tokens
 from aria_train.stages.stage import Stage, run_root
 from aria_train.train.metrics import read_metrics
@@ -34,7 +35,10 @@ def write_timeline(stages: Sequence[Stage]) -> None:
     """Writes both files into the run root. Without matplotlib, or before any step, there is no picture."""
     tracks = read_tracks(stages)
     root = run_root(stages)
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"train.run_dir {root} cannot be written to: {error.strerror}.") from None
     aside = root / "timeline.jsonl.new"
     with aside.open("w", encoding="utf-8") as file:
         for track in tracks:

@@ -44,6 +44,9 @@ def test_inspect_shows_ids_where_there_is_no_tokenizer(tmp_path: Path, capsys: p
     [
         (["inspect", "CORPUS", "--document", "9"], "--document 9: .* has documents 0 to 2"),
         (["inspect", "CORPUS", "--context-length", "0"], "--context-length 0: must be 1 or more"),
+        (["inspect", "CORPUS", "--context-length", "1000000000000000000"], "and at most 16777216"),
+        (["tokenizer", "out", "CORPUS.idx", "--max-bytes", "nan"], "--max-bytes nan: must be a number of bytes"),
+        (["tokenizer", "out", "CORPUS.idx", "--max-bytes", "inf"], "--max-bytes inf: must be a number of bytes"),
         (["inspect", "nothing/here"], "no such corpus"),
         (["tokenizer", "out"], "give either INPUT files to train on, or --from"),
         (["tokenizer", "out", "in.txt", "--from", "tok"], "not both"),

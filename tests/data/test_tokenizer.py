@@ -127,7 +127,9 @@ def test_training_on_part_of_much_text(tmp_path: Path) -> None:
 # What cannot work
 
 
-def test_too_small_a_vocabulary(tmp_path: Path) -> None:
+def test_too_small_or_large_a_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--vocab-size 1000+: token ids are numbers below 2\^31"):
+        train_tokenizer(TEXTS, 10**20, tmp_path / "t")
     with pytest.raises(DataError, match="--vocab-size 319: a byte-level tokenizer needs at least 320"):
         train_tokenizer(TEXTS, 319, tmp_path / "t")
     assert list(tmp_path.iterdir()) == []

@@ -334,7 +334,10 @@ def test_what_is_suggested_fits(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--gpus", "3"], "train.global_batch_size"),
         (["--gpu", "abacus"], "known are"),
         (["--utilisation", "40"], "a share above 0"),
-        (["--gpus", "-1"], "1 or more"),
+        (["--gpus", "-1"], "--gpus -1: must be above 0"),
+        (["--gpus", "0"], "--gpus 0: must be above 0"),
+        (["--gpu", "abacus", "--memory", "0", "--peak", "1"], "--memory 0.0: must be above 0"),
+        (["--peak", "nan"], "--peak nan: must be above 0"),
         (["--images", "2"], "no vision encoder"),
     ],
 )

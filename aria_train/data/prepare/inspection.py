@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from aria_train.config.sections import MAX_CONTEXT
 from aria_train.data.packing import plan_documents
 from aria_train.data.text import tokenizer as tokenizers_
 from aria_train.data.text.corpus import find_prefixes
@@ -23,8 +24,8 @@ _SAMPLE_TOKENS = 120
 
 def inspect(args: argparse.Namespace) -> None:
     """Describes every corpus at `args.path`."""
-    if args.context_length < 1:
-        raise DataError(f"--context-length {args.context_length}: must be 1 or more.")
+    if not 1 <= args.context_length <= MAX_CONTEXT:
+        raise DataError(f"--context-length {args.context_length}: must be 1 or more, and at most {MAX_CONTEXT}.")
     if (Path(args.path) / "meta.json").is_file():
         from aria_train.data.prepare import multimodal_inspection
 
