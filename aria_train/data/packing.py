@@ -61,19 +61,22 @@ def plan_documents(document_lengths: NDArray[np.integer], context_length: int, s
     num_pieces = -(-positions // context_length)
     documents = np.repeat(np.arange(len(positions)), num_pieces)
     first_piece = np.cumsum(num_pieces) - num_pieces
-    pieces = np.arange(len(documents)) - first_piece[documents]
-    lengths = np.minimum(positions[documents] - pieces * context_length, context_length)
+    pieces = (np.arange(len(documents)) - first_piece[documents]).astype(np.int32)
+    lengths = np.minimum(positions[documents] - pieces * np.int64(context_length), context_length).astype(np.int32)
+    without_targets, cut, targets = int((positions == 0).sum()), int((num_pieces > 1).sum()), int(positions.sum())
+    num_documents = len(positions)
+    del positions, num_pieces, first_piece  # A corpus may have billions of documents.
     starts, order = pack(lengths, context_length, seed)
-    windows, targets = len(starts) - 1, int(positions.sum())
+    windows = len(starts) - 1
     stats = PackingStats(
-        documents=len(positions),
-        without_targets=int((positions == 0).sum()),
-        cut=int((num_pieces > 1).sum()),
+        documents=num_documents,
+        without_targets=without_targets,
+        cut=cut,
         targets=targets,
         windows=windows,
         efficiency=targets / (windows * context_length) if windows else 0.0,
     )
-    return PackingPlan(starts, documents[order], pieces[order].astype(np.int32), stats)
+    return PackingPlan(starts, documents[order], pieces[order], stats)
 
 
 def pack(lengths: NDArray[np.integer], capacity: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -95,13 +98,13 @@ def pack(lengths: NDArray[np.integer], capacity: int, seed: int) -> tuple[NDArra
 
     counts = np.bincount(lengths, minlength=capacity + 1)
     present = np.flatnonzero(counts)
-    bin_of = np.empty(len(lengths), np.int64)
+    bin_of: NDArray[np.integer] = np.empty(len(lengths), np.int32 if len(lengths) < 2**31 else np.int64)
     open_bins = _OpenBins(capacity, smallest=int(present[0]))
     at = 0
     for length in present[::-1].tolist():
         at = open_bins.place(bin_of, at, int(counts[length]), length)
     assert at == len(lengths)
-    by_bin = np.argsort(bin_of.astype(np.int32 if open_bins.total < 2**31 else np.int64), kind="stable")
+    by_bin = np.argsort(bin_of, kind="stable")
     starts = np.zeros(open_bins.total + 1, np.int64)
     np.cumsum(np.bincount(bin_of, minlength=open_bins.total), out=starts[1:])
     return starts, order[by_bin]
@@ -116,7 +119,7 @@ class _OpenBins:
         self.rooms: list[int] = []
         """Rooms that some bin has, ascending."""
 
-    def place(self, bin_of: NDArray[np.int64], at: int, count: int, length: int) -> int:
+    def place(self, bin_of: NDArray[np.integer], at: int, count: int, length: int) -> int:
         """Puts items at:at + count, all of one length, into the tightest bins, then into new ones."""
         while count:
             tightest = bisect.bisect_left(self.rooms, length)
@@ -132,7 +135,7 @@ class _OpenBins:
         return at
 
     def _fill(
-        self, bin_of: NDArray[np.int64], at: int, count: int, length: int, room: int, bins: NDArray[np.int64]
+        self, bin_of: NDArray[np.integer], at: int, count: int, length: int, room: int, bins: NDArray[np.int64]
     ) -> tuple[int, int]:
         """Fills bins of equal room, one after the other, until they or the items run out."""
         each = room // length

@@ -114,7 +114,8 @@ class TextSource:
             corpus.verify()
         lengths = np.concatenate([corpus.document_lengths() for corpus in self.corpora])
         # A document that is not chosen is packed like one without tokens: not at all.
-        return plan_documents(np.where(chosen(lengths, *self._bounds), lengths, 0), self._context_length, seed)
+        lengths[~chosen(lengths, *self._bounds)] = 0
+        return plan_documents(lengths, self._context_length, seed)
 
     def _describe_bounds(self) -> str:
         given = zip(("min_tokens", "max_tokens"), self._bounds)
