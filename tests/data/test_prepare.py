@@ -18,6 +18,7 @@ from aria_train.data.prepare.text_inputs import find_inputs, read_documents, spl
 from aria_train.data.text.indexed import IndexedCorpus
 from aria_train.data.text.tokenizer import load_tokenizer, train_tokenizer
 from aria_train.errors import DataError
+from aria_train.machine import num_cpus
 
 WORDS = ["quick", "brown", "foxes", "jump", "over", "lazy", "dogs", "and", "nap", "in", "warm", "autumn", "sun"]
 
@@ -360,3 +361,8 @@ def test_inputs_are_found_once_and_in_order(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     found = find_inputs([str(tmp_path / "sub"), str(tmp_path), str(tmp_path / "a.txt")], None)
     assert [os.path.relpath(path, tmp_path) for path in found] == ["sub/c.txt", "a.txt", "b.txt"]
+
+
+def test_cpus_are_counted_where_there_is_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert num_cpus() == os.cpu_count()

@@ -346,3 +346,10 @@ def test_plans_that_cannot_be(
 ) -> None:
     assert main(["plan", stage_file(tmp_path, global_batch_size=16), *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("images", ["-1", "1000"])
+def test_more_images_than_a_micro_batch_holds(images: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = Path(__file__).resolve().parents[2] / "configs" / "small" / "stage2_mm.yaml"
+    assert main(["plan", str(stage), "--images", images]) == 2
+    assert f"--images {images}: 0 to 64" in capsys.readouterr().err
