@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from aria_train.arguments import local_path
 from aria_train.elastic import leave_stopped
-from aria_train.errors import EXIT_USER_ERROR, Stopped, UserError
+from aria_train.errors import EXIT_BROKEN_PIPE, EXIT_USER_ERROR, Stopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     try:
         args.run(args)
+        print(end="", flush=True)
     except UserError as error:
         _print_error(error)
         return EXIT_USER_ERROR
@@ -27,9 +30,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"aria-train: {stop}; the same command goes on from there.", file=sys.stderr, flush=True)
         return leave_stopped()
     except KeyboardInterrupt:
-        print("aria-train: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        again = "goes on from the last checkpoint" if getattr(args, "resumes", False) else "begins anew"
+        print(f"aria-train: interrupted; the same command {again}.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _is_reader_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end.
+        return EXIT_BROKEN_PIPE
     return 0
+
+
+def _is_reader_gone() -> bool:
+    """Whether what stdout was piped into has ended, as in `| head -1`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -70,7 +86,7 @@ def _build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="take step N of an earlier run again, looking at each window of its batch; changes nothing",
     )
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, resumes=True)
     _register_curriculum(subparsers)
     data_commands.register(subparsers)
     _register_weights(subparsers)
@@ -96,7 +112,7 @@ def _register_curriculum(subparsers: Any) -> None:
         "the stages into ROOT, one folder each, named as its YAML",
     )
     curriculum.add_argument("--dry-run", action="store_true", help="show the plan and what is missing; train nothing")
-    curriculum.set_defaults(run=_command("aria_train.stages.curriculum", "run_curriculum"))
+    curriculum.set_defaults(run=_command("aria_train.stages.curriculum", "run_curriculum"), resumes=True)
 
 
 def _register_weights(subparsers: Any) -> None:
@@ -104,11 +120,13 @@ def _register_weights(subparsers: Any) -> None:
     load.add_argument(
         "hf_dir", metavar="HF_DIR", help="folder with config.json and safetensors, in any published naming"
     )
-    load.add_argument("checkpoint", metavar="CHECKPOINT", help="new checkpoint folder, for checkpoint.init_from")
+    load.add_argument(
+        "checkpoint", type=local_path, metavar="CHECKPOINT", help="new checkpoint folder, for checkpoint.init_from"
+    )
     load.set_defaults(run=_command("aria_train.stages.weights", "run_import"))
     store = subparsers.add_parser("export", help="make Hugging Face weights of a checkpoint")
     store.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or run directory")
-    store.add_argument("hf_dir", metavar="HF_DIR", help="new folder, which transformers loads")
+    store.add_argument("hf_dir", type=local_path, metavar="HF_DIR", help="new folder, which transformers loads")
     store.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     store.set_defaults(run=_command("aria_train.stages.weights", "run_export"))
 
@@ -126,6 +144,9 @@ def _train(args: argparse.Namespace) -> None:
     from aria_train.config import load_config
 
     config = load_config(args.config, args.overrides)
+    if os.environ.get("RANK", "0") == "0":
+        for doubt in config.doubts():
+            print(f"note: {doubt}", flush=True)
     from aria_train.train.session import run_stage
 
     run_stage(config, args.replay_step)

@@ -7,6 +7,9 @@ EXIT_USER_ERROR = 2
 EXIT_RESTART = 75
 """Status of a job that ended before its work did, and goes on when started again (sysexits.h: EX_TEMPFAIL)."""
 
+EXIT_BROKEN_PIPE = 141
+"""Status of a command whose reader ended before it, as a shell has it (128 + SIGPIPE)."""
+
 
 class UserError(Exception):
     """Something the user can mend. The message says what was given, where, what is allowed and what to do."""

@@ -35,8 +35,11 @@ def run_launch(args: argparse.Namespace) -> None:
         print(script, end="")
         return
     path = run_dir / "launch.sbatch"
-    (run_dir / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
-    path.write_text(script, encoding="utf-8")
+    try:
+        (run_dir / "logs" / "slurm").mkdir(parents=True, exist_ok=True)
+        path.write_text(script, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"train.run_dir {run_dir} cannot be written to: {error.strerror}.") from None
     try:
         done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=True)
     except FileNotFoundError:

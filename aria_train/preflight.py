@@ -7,7 +7,6 @@ something: the packages, GPUs, a configuration that loads, a run directory it ca
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import shutil
 import socket
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aria_train.errors import EXIT_USER_ERROR, ConfigError, UserError
+from aria_train.machine import num_cpus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def check_node(ranks: int, command: str, arguments: Sequence[str]) -> str:
             )
         hardware = f"{gpus} x {torch.cuda.get_device_name(0)}"
     else:
-        hardware = f"no GPUs in use, {len(os.sched_getaffinity(0))} cores"
+        hardware = f"no GPUs in use, {num_cpus()} cores"
     run_dir = Path(config.train.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from aria_train.errors import DataError
@@ -35,11 +36,10 @@ def workplace_beside(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing(target: str | Path, overwrite: bool, what: str) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` if the block succeeds. Refuses to replace one unless told to."""
+def replacing(target: str | Path, overwrite: bool, what: str, files: Sequence[str] = ("*",)) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` if the block succeeds. Refuses what `refuse_existing` does."""
     target = Path(target)
-    if target.exists() and not overwrite:
-        raise DataError(f"{target}: exists already. Choose another place for the {what}, or give --overwrite.")
+    refuse_existing(target, overwrite, what, files)
     with workplace_beside(target) as workplace:
         fresh = workplace / "fresh"
         fresh.mkdir()
@@ -47,6 +47,32 @@ def replacing(target: str | Path, overwrite: bool, what: str) -> Iterator[Path]:
         if target.exists():
             target.rename(workplace / "old")
         fresh.rename(target)
+
+
+def refuse_existing(target: str | Path, overwrite: bool, what: str, files: Sequence[str] = ("*",)) -> None:
+    """Raises DataError if there is something at `target`, unless it may be overwritten and is a `what`, or empty.
+
+    A `what` is a folder that has an entry of the first pattern of `files`, and none that matches none of them.
+    """
+    target = Path(target)
+    if target.name in ("", ".."):
+        raise DataError(f"{target}: not a name for a new folder. Choose one for the {what}.")
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise DataError(f"{target}: exists already. Choose another place for the {what}, or give --overwrite.")
+    advice = f"--overwrite replaces a {what} and nothing else. Choose another place, or move it away."
+    if not target.is_dir():
+        raise DataError(f"{target}: is not a folder. {advice}")
+    try:
+        names = sorted(os.listdir(target))
+    except OSError as error:
+        raise DataError(f"{target}: cannot be read: {error.strerror}. {advice}") from None
+    foreign = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in files)]
+    if foreign:
+        raise DataError(f"{target}: holds {foreign[0]}, which is no part of a {what}. {advice}")
+    if names and not fnmatch.filter(names, files[0]):
+        raise DataError(f"{target}: holds no {files[0]}, as a {what} does. {advice}")
 
 
 def _literal(name: str) -> str:

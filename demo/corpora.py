@@ -40,7 +40,7 @@ def _needles(corpus: Path, documents: int, shortest: int, longest: int) -> list[
     lines = images.RAW / f"{corpus.name}.jsonl"
     options = [f"--documents={documents}", f"--min-tokens={shortest}", f"--max-tokens={longest}"]
     tokenizer = f"--tokenizer={text.TOKENIZER}"
-    write = ["data", "needles", str(lines), str(text.CORPUS), tokenizer, *options]
+    write = ["data", "needles", str(lines), str(text.CORPUS), tokenizer, *options, "--overwrite"]
     return [[write, ["data", "prepare", str(corpus), str(lines), tokenizer, "--processes=1", "--overwrite"]]]
 
 

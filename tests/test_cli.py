@@ -87,6 +87,32 @@ def test_options_may_stand_amid_words(arguments: list[str], name: str, words: st
     assert vars(parse(arguments))[name] == words.split()
 
 
+def test_a_reader_that_ends_early_is_no_failure() -> None:
+    stage = str(Path(__file__).resolve().parents[1] / "configs" / "small" / "stage1_lang.yaml")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "aria_train", "launch", stage, "--dry-run", "launch.ranks_per_node=2"]
+    with os.fdopen(write, "w") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["train", "a.yaml"], "goes on from the last checkpoint"), (["data", "inspect", "a"], "begins anew")],
+)
+def test_an_interrupted_command_says_what_is_left_of_it(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aria_train.config.load_config", interrupt)
+    monkeypatch.setattr("aria_train.data.prepare.inspection.inspect", interrupt)
+    assert main(arguments) == 130
+    assert message in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes, each on a run directory that holds a finished run
 

@@ -85,6 +85,16 @@ def test_numbers_of_tokens(text: str, tokens: int, write: Any) -> None:
     assert load_config(write(GOOD), [f"train.max_tokens={text}"]).train.max_tokens == tokens
 
 
+def test_a_warm_up_longer_than_the_run_is_said(write: Any) -> None:
+    assert not [*load_config(write(GOOD)).doubts()]
+    (doubt,) = load_config(write(GOOD), ["schedule.warmup_tokens=100T"]).doubts()
+    assert "schedule.warmup_tokens 100,000,000,000,000 is more than the 1,536 tokens of the run" in doubt
+
+
+def test_off_is_no_truth_value(write: Any) -> None:
+    assert load_config(write(GOOD), ["logging.wandb=off"]).logging.wandb == "off"
+
+
 def test_a_run_ends_at_whichever_limit_comes_first(write: Any) -> None:
     assert load_config(write(GOOD), ["train.max_tokens=513"]).total_steps == 2
     assert load_config(write(GOOD), ["train.max_tokens=1M"]).total_steps == 3
@@ -124,6 +134,13 @@ def test_keys_beside_a_preset_win_and_null_removes_a_section(write: Any) -> None
         (GOOD.replace("context_length: 64", "context_length: 100000"), ["exceeds model.max_positions 65536"]),
         (GOOD + "data: {train: [{name: a, path: b}, {name: a, path: c}]}\n", ["source names must differ"]),
         (GOOD + "data: {train: [{name: a, path: b, weight: 0}]}\n", ["data.train.0.weight", "greater than 0"]),
+        (GOOD + "data: {train: [{name: a, path: []}]}\n", ["data.train.0", "path [] names no corpus"]),
+        (GOOD + "data: {train: [{name: a, path: 's3://b/a'}]}\n", ["data.train.0", "path must be one of this machine"]),
+        (GOOD + "  run_dir: s3://bucket/run\n", ["line 13", "train.run_dir", "not a URL", "checkpoint.storage"]),
+        (GOOD + "  max_tokens: 0\n", ["train.max_tokens", "greater than 0"]),
+        (GOOD.replace("max_steps: 3", "max_steps: true"), ["line 12", "train.max_steps", "True given; must be a num"]),
+        (GOOD.replace("vocab_size: 128", "vocab_size: 1000000000000000000"), ["model.vocab_size", "less than 2147"]),
+        (GOOD + "logging: {wandb: on}\n", ["logging.wandb", "'off', 'offline' or 'online'"]),
         (GOOD + "schedule: {kind: wsd}\n", ["schedule.decay_tokens"]),
         (GOOD + "schedule: {kind: linear}\n", ["line 13", "'linear' given", "'cosine'"]),
         (GOOD + "model: {preset: aria}\n", ["model is given twice"]),

@@ -165,7 +165,7 @@ SECRET = "hunter2"
     [
         f"checkpoint.storage=s3://me:{SECRET}@bucket/run",
         f"checkpoint.init_from=https://{SECRET}@host/run",
-        f"data.train=[{{name: a, path: 'https://me:{SECRET}@host/a'}}]",
+        f"checkpoint.storage=abfs://me:{SECRET}@account.dfs.core.windows.net/run",
         f"launch.setup=['export WANDB_API_KEY={SECRET}']",
         f"launch.setup=['module load cuda', 'HF_TOKEN={SECRET}']",
     ],
@@ -182,11 +182,28 @@ def test_secrets_are_refused_and_not_repeated(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"data.train=[{{name: a, path: 'https://me:{SECRET}@host/a'}}]",
+        f"train.run_dir=s3://me:{SECRET}@bucket/run",
+        f"train.max_steps=s3://me:{SECRET}@bucket",
+    ],
+)
+def test_what_is_refused_for_something_else_repeats_no_secret(override: str, path: Path) -> None:
+    path.write_text(GOOD)
+    with pytest.raises(ConfigError) as refused:
+        load_config(path, [override])
+    assert SECRET not in str(refused.value)
+
+
 def test_what_is_no_secret_passes(path: Path) -> None:
     path.write_text(GOOD)
     setup = ["export TOKENIZERS_PARALLELISM=false", "source ~/keys.sh", 'export KEY="$OTHER"', "export KEY=$OTHER"]
     config = load_config(path, [f"launch.setup={yaml.safe_dump(setup)}", "checkpoint.storage=s3://bucket/run@2"])
     assert config.launch.setup == setup
+    for storage in ("abfs://container@account.dfs.core.windows.net/run", "sftp://me@host:2222/run"):
+        assert load_config(path, [f"checkpoint.storage={storage}"]).checkpoint.storage == storage
 
 
 @pytest.mark.distributed

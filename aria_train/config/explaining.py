@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ def _explain_one(issue: dict[str, Any], path: Path, lines: Lines) -> str:
     reason = str(issue["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
     if issue["type"] == "value_error" and isinstance(issue["input"], (dict, BaseModel)):
         return f"{place}: {key}: {reason}." if key else f"{place}: {reason}."
-    return f"{place}: {key}: {reprlib.repr(issue['input']):.80} given; {reason}."
+    given = re.sub(r"://[^/\s]*@", "://...@", reprlib.repr(issue["input"]))  # No secret is repeated.
+    return f"{place}: {key}: {given:.80} given; {reason}."
 
 
 def _keys_of(at: tuple[str, ...]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import model_validator
@@ -63,6 +64,15 @@ class RunConfig(Section):
             return base
         return start * (base / start) ** (tokens / self.schedule.rope_tokens)
 
+    def doubts(self) -> Iterator[str]:
+        """What works, and is seldom meant."""
+        tokens = self.total_steps * self.tokens_per_step
+        if self.schedule.warmup_tokens > tokens:
+            yield (
+                f"schedule.warmup_tokens {self.schedule.warmup_tokens:,} is more than the {tokens:,} tokens of the "
+                "run: the learning rate never reaches optimizer.lr"
+            )
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         train, model = self.train, self.model
@@ -122,7 +132,8 @@ class RunConfig(Section):
         return self
 
 
-_CREDENTIALS = re.compile(r"://[^/\s]*@")
+_CREDENTIALS = re.compile(r"://[^/\s@]*:[^/\s]*@|https?://[^/\s]*@")
+"""`user:password@`. A name alone is Azure's way to name a container, but with https it is often a token."""
 _ASSIGNED_SECRET = re.compile(r"(key|_token|secret|password)=[\"']?[^\s$\"']", re.IGNORECASE)
 
 

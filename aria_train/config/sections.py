@@ -11,30 +11,36 @@ from aria_train.config.fields import (
     AboveZero,
     AdamKernel,
     Decay,
+    LocalPath,
     NonNegative,
     Number,
     Part,
     Positive,
     Section,
     Share,
+    Size,
     Tokens,
+    WandbMode,
 )
+
+MAX_CONTEXT = 1 << 24
+"""Tokens of a window at most: packing keeps a list for every room that a window may have left."""
 
 
 class VisionConfig(Section):
     """The vision encoder (SigLIP-type ViT at native resolution) and the projector behind it."""
 
-    hidden_size: Positive = 1152
-    num_layers: Positive = 27
-    num_heads: Positive = 16
-    mlp_size: Positive = 4304
-    patch_size: Positive = 14
-    position_grid: Positive = 70
+    hidden_size: Size = 1152
+    num_layers: Size = 27
+    num_heads: Size = 16
+    mlp_size: Size = 4304
+    patch_size: Size = 14
+    position_grid: Size = 70
     """Side of the square grid of learned positions; patch positions of any aspect ratio are bucketed into it."""
     norm_eps: AboveZero = 1e-6
-    image_sizes: dict[Positive, Positive] = {490: 128, 980: 256}
+    image_sizes: dict[Size, Size] = {490: 128, 980: 256}
     """Longer edge in pixels of each size class -> visual tokens (projector queries) an image of the class becomes."""
-    min_image_size: Positive = 336
+    min_image_size: Size = 336
     """Pixels the shorter edge is never resized below."""
 
     @model_validator(mode="after")
@@ -56,23 +62,23 @@ class ModelConfig(Section):
 
     preset: str | None = None
     """Name of a file in `configs/models/` (without `.yaml`), or a path to one; keys given beside it win."""
-    vocab_size: Positive = 100352
-    hidden_size: Positive = 2560
-    num_layers: Positive = 28
-    num_heads: Positive = 20
-    num_kv_heads: Positive = 20
-    head_dim: Positive = 128
-    num_experts: Positive = 64
-    top_k: Positive = 6
-    expert_size: Positive = 1664
+    vocab_size: Size = 100352
+    hidden_size: Size = 2560
+    num_layers: Size = 28
+    num_heads: Size = 20
+    num_kv_heads: Size = 20
+    head_dim: Size = 128
+    num_experts: Size = 64
+    top_k: Size = 6
+    expert_size: Size = 1664
     """Width of one expert's SwiGLU."""
     num_shared_experts: NonNegative = 2
     """Experts every token passes through, computed as one SwiGLU of `num_shared_experts * expert_size`."""
     norm_eps: AboveZero = 1e-6
     rope_base: AboveZero = 100_000.0
-    max_positions: Positive = 65536
+    max_positions: Size = 65536
     init_std: AboveZero = 0.02
-    balance_group_size: Positive = 8
+    balance_group_size: Size = 8
     """Experts per group of the load-balancing loss; 1 balances single experts (Switch)."""
     balance_coefficient: Number = 1e-3
     expert_balance_coefficient: Number = 0.0
@@ -130,6 +136,11 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        if not all(paths) or not paths:
+            raise ValueError(f"path {self.path!r} names no corpus")
+        if any("://" in path for path in paths):
+            raise ValueError("path must be one of this machine, not a URL")
         if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
         return self
@@ -138,7 +149,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """What is read. A blend draws windows from its sources in proportion to their weights."""
 
-    tokenizer: str | None = None
+    tokenizer: LocalPath | None = None
     """Tokenizer folder, for samples of text in reports; training itself reads token ids."""
     train: list[SourceConfig] = []
     validation: list[SourceConfig] = []
@@ -204,7 +215,7 @@ class LoraConfig(Section):
     """Adapters count alpha / rank times."""
     targets: Annotated[list[Literal["attention", "experts"]], Field(min_length=1)] = ["attention", "experts"]
     """What gets adapters: the projections of the attention, the weights of the routed experts."""
-    init_from: str | None = None
+    init_from: LocalPath | None = None
     """Folder with `adapter_model.safetensors` that the adapters start from; null = afresh, changing nothing yet."""
 
     @property
@@ -215,13 +226,13 @@ class LoraConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    context_length: Positive = 8192
+    context_length: Annotated[Size, Field(le=MAX_CONTEXT)] = 8192
     """Tokens per window."""
-    global_batch_size: Positive = 1
+    global_batch_size: Size = 1
     """Windows per optimizer step, over all ranks and micro-batches."""
-    micro_batch_size: Positive = 1
+    micro_batch_size: Size = 1
     """Windows per forward and backward pass on one rank."""
-    max_tokens: Tokens | None = None
+    max_tokens: Annotated[Tokens, Field(gt=0)] | None = None
     """Stop after this many tokens (window positions: steps x global_batch_size x context_length)."""
     max_steps: Positive | None = None
     """Stop after this many steps; with `max_tokens` too, whichever comes first."""
@@ -236,10 +247,10 @@ class TrainConfig(Section):
     compile: bool = False
     """Fuse what lies between products and attention (norms, rotations, SwiGLU, routing, the loss) with torch.compile,
     in the course of the first step: for GPUs. On a CPU it needs a C++ compiler, and little is gained."""
-    profile: Annotated[int, Field(ge=0, le=100)] = 0
+    profile: Annotated[NonNegative, Field(le=100)] = 0
     """Steps, after two that warm up, of which `profile/` in the run directory gets a trace and a table of where the
     time goes; 0 = none."""
-    run_dir: str = "runs/default"
+    run_dir: LocalPath = "runs/default"
     eval_interval_steps: NonNegative = 0
     """Held-out loss every so many steps, and before the first and after the last; 0 = never."""
     eval_windows: Positive = 64
@@ -268,7 +279,7 @@ class CheckpointConfig(Section):
     """Path or fsspec URL (such as s3://bucket/run) under which `checkpoints/` lies; null = train.run_dir."""
     init_from: str | None = None
     """Checkpoint (or run directory) whose weights a new run starts from; optimizer and position start afresh."""
-    init_vision_from: str | None = None
+    init_vision_from: LocalPath | None = None
     """Hugging Face folder of a SigLIP vision encoder that a new run's vision encoder starts from."""
     init_fresh: list[Part] = []
     """Parts that start from random weights although `init_from` is given: named, so that none does by accident."""
@@ -282,7 +293,7 @@ class GuardConfig(Section):
     spike_sigmas: Annotated[Number, Field(ge=0)] = 0.0
     """Skip the update of a step whose gradient norm is so many standard deviations above the mean of the last
     `spike_window`; 0 = skip only what is not finite, which is always skipped."""
-    spike_window: Annotated[int, Field(ge=2)] = 100
+    spike_window: Annotated[Positive, Field(ge=2)] = 100
     """Updates whose gradient norms are remembered; none is judged before there are so many."""
     rollback_after: Positive = 5
     """Steps skipped in a row after which the run goes back to the weights of the last good checkpoint."""
@@ -327,16 +338,16 @@ class LoggingConfig(Section):
     interval_steps: Positive = 1
     """Console, TensorBoard and wandb every so many steps; `metrics.jsonl` has every step."""
     tensorboard: bool = False
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: WandbMode = "off"
     wandb_project: str = "aria_train"
 
 
 class NeedleConfig(Section):
     """A grid of haystacks, lengths by depths, with one needle each. Text: facts in a corpus."""
 
-    haystack: str | None = None
+    haystack: LocalPath | None = None
     """Corpus to hide needles in; null = the first source of `data.validation` that can."""
-    questions: str | None = None
+    questions: LocalPath | None = None
     """Visual needles: prepared corpus of conversations, each about an image to be found among the haystack's."""
     lengths: list[Positive] = []
     """Tokens; empty = eight lengths up to train.context_length, those published for 64K."""
@@ -355,7 +366,7 @@ class EvaluationConfig(Section):
     """Facts in long text."""
     visual_needle: NeedleConfig | None = None
     """Images among many."""
-    answers: str | None = None
+    answers: LocalPath | None = None
     """Prepared corpus of conversations, or a file of them: share of last questions answered word for word."""
     experts: bool = False
     """Which experts see and which read, over `train.eval_windows` windows of each source of `data.validation`."""

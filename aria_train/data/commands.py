@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from aria_train.arguments import local_path
+
 
 def register(subparsers: Any) -> None:
     """Adds `data` and its subcommands to the command line's `add_subparsers` object."""
@@ -28,7 +30,7 @@ def _register_tokenizer(commands: Any) -> None:
         description="Trains a byte-level BPE tokenizer on documents and writes it as a Hugging Face tokenizer folder, "
         "with Aria's special tokens at Aria's ids; or, with --from, checks and copies an existing folder.",
     )
-    parser.add_argument("output", metavar="FOLDER", help="tokenizer folder to write")
+    parser.add_argument("output", type=local_path, metavar="FOLDER", help="tokenizer folder to write")
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files, folders or globs to train on")
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, 64 reserved ones included (%(default)s)")
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="copy this Hugging Face tokenizer instead")
@@ -45,7 +47,9 @@ def _register_prepare(commands: Any) -> None:
         description="Turns documents into a corpus. Text (JSON lines, Parquet, or plain files) becomes a Megatron pair "
         "PREFIX.bin and PREFIX.idx with PREFIX.json describing it; the multimodal formats become a folder.",
     )
-    parser.add_argument("output", metavar="PREFIX", help="where the corpus goes: a prefix (text) or a folder (others)")
+    parser.add_argument(
+        "output", type=local_path, metavar="PREFIX", help="where the corpus goes: a prefix (text) or a folder (others)"
+    )
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or globs")
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="Hugging Face tokenizer folder")
     parser.add_argument(
@@ -123,7 +127,7 @@ def _register_concatenate(commands: Any) -> None:
         description="Makes long multimodal sequences out of a corpus of captioned images (--format captions): several "
         "images, then all their captions. A source with `concatenate` does the same while training.",
     )
-    parser.add_argument("output", metavar="FOLDER", help="corpus to write")
+    parser.add_argument("output", type=local_path, metavar="FOLDER", help="corpus to write")
     parser.add_argument("corpus", metavar="CORPUS", help="prepared folder of captioned images")
     parser.add_argument("--samples", type=int, metavar="N", help="images per sequence (default: as many as fit)")
     parser.add_argument(
@@ -141,13 +145,14 @@ def _register_needles(commands: Any) -> None:
         description="Writes documents, as JSON lines for `data prepare`, that hide facts in the text of a corpus and "
         "ask for them at their end: what `eval needle` tests, with names that it never asks for.",
     )
-    parser.add_argument("output", metavar="FILE", help="JSON lines to write")
+    parser.add_argument("output", type=local_path, metavar="FILE", help="JSON lines to write")
     parser.add_argument("corpus", metavar="PREFIX", help="text corpus to hide facts in")
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the corpus's tokenizer")
     parser.add_argument("--documents", type=int, required=True, metavar="N", help="how many to write")
     parser.add_argument("--min-tokens", type=int, default=256, metavar="N", help="of the shortest (%(default)s)")
     parser.add_argument("--max-tokens", type=int, required=True, metavar="N", help="of the longest")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed writes others (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file of needles")
     parser.set_defaults(run=_needles)
 
 
@@ -174,6 +179,8 @@ def _tokenizer(args: argparse.Namespace) -> None:
     if args.source is not None:
         made = tokenizer.copy_tokenizer(args.source, args.output, args.overwrite)
     else:
+        if not 1 <= args.max_bytes < 2**63:
+            raise DataError(f"--max-bytes {args.max_bytes}: must be a number of bytes, 1 or more, such as 1e9.")
         paths = find_inputs(args.inputs, args.glob)
         made = tokenizer.train_on_files(
             paths, args.text_key, args.vocab_size, args.output, int(args.max_bytes), args.overwrite
@@ -208,11 +215,16 @@ def _concatenate(args: argparse.Namespace) -> None:
 def _needles(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from aria_train.data.text.needles import Haystack, write_training_data
+    from aria_train.data.text.needles import Haystack, refuse_existing, write_training_data
+    from aria_train.errors import DataError
 
+    if args.documents < 1 or args.seed < 0:
+        raise DataError("data needles: --documents must be 1 or more, and --seed 0 or more.")
+    output = Path(args.output)
+    refuse_existing(output, args.overwrite)
     haystack = Haystack(args.corpus, args.tokenizer)
     size = args.documents, args.min_tokens, args.max_tokens
-    tokens = write_training_data(Path(args.output), haystack, *size, seed=args.seed)
+    tokens = write_training_data(output, haystack, *size, seed=args.seed)
     print(f"{args.output}: {args.documents:,} documents, {tokens:,} tokens")
 
 

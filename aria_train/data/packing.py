@@ -66,19 +66,22 @@ def plan_documents(document_lengths: NDArray[np.integer], context_length: int, s
     num_pieces = -(-positions // context_length)
     documents = np.repeat(np.arange(len(positions)), num_pieces)
     first_piece = np.cumsum(num_pieces) - num_pieces
-    pieces = np.arange(len(documents)) - first_piece[documents]
-    lengths = np.minimum(positions[documents] - pieces * context_length, context_length)
+    pieces = (np.arange(len(documents)) - first_piece[documents]).astype(np.int32)
+    lengths = np.minimum(positions[documents] - pieces * np.int64(context_length), context_length).astype(np.int32)
+    without_targets, cut, targets = int((positions == 0).sum()), int((num_pieces > 1).sum()), int(positions.sum())
+    num_documents = len(positions)
+    del positions, num_pieces, first_piece  # A corpus may have billions of documents.
     starts, order = pack(lengths, context_length, seed)
-    windows, targets = len(starts) - 1, int(positions.sum())
+    windows = len(starts) - 1
     stats = PackingStats(
-        documents=len(positions),
-        without_targets=int((positions == 0).sum()),
-        cut=int((num_pieces > 1).sum()),
+        documents=num_documents,
+        without_targets=without_targets,
+        cut=cut,
         targets=targets,
         windows=windows,
         efficiency=targets / (windows * context_length) if windows else 0.0,
     )
-    return PackingPlan(starts, documents[order], pieces[order].astype(np.int32), stats)
+    return PackingPlan(starts, documents[order], pieces[order], stats)
 
 
 def pack(lengths: NDArray[np.integer], capacity: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -100,13 +103,13 @@ def pack(lengths: NDArray[np.integer], capacity: int, seed: int) -> tuple[NDArra
 
     counts = np.bincount(lengths, minlength=capacity + 1)
     present = np.flatnonzero(counts)
-    bin_of = np.empty(len(lengths), np.int64)
+    bin_of: NDArray[np.integer] = np.empty(len(lengths), np.int32 if len(lengths) < 2**31 else np.int64)
     open_bins = _OpenBins(capacity, smallest=int(present[0]))
     at = 0
     for length in present[::-1].tolist():
         at = open_bins.place(bin_of, at, int(counts[length]), length)
     assert at == len(lengths)
-    by_bin = np.argsort(bin_of.astype(np.int32 if open_bins.total < 2**31 else np.int64), kind="stable")
+    by_bin = np.argsort(bin_of, kind="stable")
     starts = np.zeros(open_bins.total + 1, np.int64)
     np.cumsum(np.bincount(bin_of, minlength=open_bins.total), out=starts[1:])
     return starts, order[by_bin]
@@ -121,7 +124,7 @@ class _OpenBins:
         self.rooms: list[int] = []
         """Rooms that some bin has, ascending."""
 
-    def place(self, bin_of: NDArray[np.int64], at: int, count: int, length: int) -> int:
+    def place(self, bin_of: NDArray[np.integer], at: int, count: int, length: int) -> int:
         """Puts items at:at + count, all of one length, into the tightest bins, then into new ones."""
         while count:
             tightest = bisect.bisect_left(self.rooms, length)
@@ -137,7 +140,7 @@ class _OpenBins:
         return at
 
     def _fill(
-        self, bin_of: NDArray[np.int64], at: int, count: int, length: int, room: int, bins: NDArray[np.int64]
+        self, bin_of: NDArray[np.integer], at: int, count: int, length: int, room: int, bins: NDArray[np.int64]
     ) -> tuple[int, int]:
         """Fills bins of equal room, one after the other, until they or the items run out."""
         each = room // length
@@ -182,12 +185,14 @@ def _cached(
 ) -> T:
     """What is named `key` from the first of `folders` that has it, else built and kept in the first that is writable.
 
-    What is on disk is complete or absent: it is written aside and renamed. Of several processes that want the same one
-    builds while the others wait for it. Without a writable folder it is built in memory.
+    What is on disk is complete or absent: it is written aside and renamed. What is damaged is built again. Of several
+    processes that want the same one builds while the others wait for it. Without a writable folder it is built in
+    memory.
     """
     for folder in folders:
-        if (folder / key).is_dir():
-            return load(folder / key)
+        found = _intact(load, folder / key)
+        if found is not None:
+            return found
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -196,11 +201,15 @@ def _cached(
             continue
         try:
             with _locked(folder / f".{key}.lock"):
-                if not (folder / key).is_dir():
-                    save(build(), workplace)
-                    workplace.chmod(0o755)
+                found = _intact(load, folder / key)
+                if found is None:
+                    found = build()
+                    save(found, workplace)
+                    _make_durable(workplace)
+                    shutil.rmtree(folder / key, ignore_errors=True)  # damaged
                     _rename(workplace, folder / key)
-            return load(folder / key)
+            kept = _intact(load, folder / key)
+            return found if kept is None else kept
         finally:
             shutil.rmtree(workplace, ignore_errors=True)
     return build()
@@ -212,7 +221,10 @@ def _save_plan(plan: PackingPlan, folder: Path) -> None:
 
 
 def _load_plan(folder: Path) -> PackingPlan:
-    return PackingPlan(**_load_arrays(folder), stats=PackingStats(**json.loads((folder / "stats.json").read_text())))
+    plan = PackingPlan(**_load_arrays(folder), stats=PackingStats(**json.loads((folder / "stats.json").read_text())))
+    if not plan.starts[-1] == len(plan.documents) == len(plan.pieces):
+        raise ValueError("files of different plans")
+    return plan
 
 
 def _save_arrays(arrays: Arrays, folder: Path) -> None:
@@ -223,6 +235,22 @@ def _save_arrays(arrays: Arrays, folder: Path) -> None:
 def _load_arrays(folder: Path) -> Arrays:
     # asarray drops the memmap class, whose slicing is slow, and keeps the mapping.
     return {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in folder.glob("*.npy")}
+
+
+def _intact(load: Callable[[Path], T], folder: Path) -> T | None:
+    """What `load` finds in a folder; None if there is none, or it is damaged."""
+    try:
+        return load(folder) if folder.is_dir() else None
+    except Exception:  # Damaged files raise anything.
+        return None
+
+
+def _make_durable(folder: Path) -> None:
+    """Readable by all, and on the disk before it gets its name."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    folder.chmod(0o755)
 
 
 def _rename(workplace: Path, target: Path) -> None:

@@ -76,10 +76,13 @@ def run_prune(args: argparse.Namespace) -> None:
     """Prints what was removed."""
     from aria_train.parallel import checkpoint
 
-    gone = checkpoint.prune(checkpoint.locate(args.home), args.keep_last, args.keep_every, args.unfinished)
+    home = checkpoint.locate(args.home)
+    if "checkpoints" not in (checkpoint.listing(home) or {}):
+        raise CheckpointError(f"{args.home} holds no checkpoints/. Give a {_WHERE}.")
+    gone = checkpoint.prune(home, args.keep_last, args.keep_every, args.unfinished)
     for folder in gone:
         print(f"removed {folder}")
-    left = [entry for entry in checkpoint.entries(checkpoint.locate(args.home)) if entry.manifest is None]
+    left = [entry for entry in checkpoint.entries(home) if entry.manifest is None]
     for entry in left:
         print(f"left alone {entry.folder}: {entry.problem}")
 

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from aria_train.config import ParallelConfig
 from aria_train.errors import ConfigError
+from aria_train.machine import num_cpus
 
 _LEAST_PATIENCE = timedelta(minutes=30)
 _MARGIN = timedelta(minutes=5)
@@ -126,7 +127,7 @@ def share_cores() -> None:
     """Divides the machine's cores among its ranks: torchrun's default of one thread leaves cores idle."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local_ranks > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(max(1, num_cpus() // local_ranks))
 
 
 def keep_freed_memory() -> None:

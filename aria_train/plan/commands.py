@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aria_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aria_train.config import RunConfig
 
 
 def register(subparsers: Any) -> None:
@@ -36,16 +39,31 @@ def run_plan(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     gpu = args.gpu.lower()
+    for option in ("gpus", "memory", "peak"):
+        value = getattr(args, option)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{option} {value}: must be above 0.")
     if gpu not in GPUS and (args.memory is None or args.peak is None):
         known = ", ".join(GPUS)
         raise ConfigError(f"--gpu {args.gpu}: known are {known}. For another give --memory GIB and --peak TFLOPS.")
     if not 0 < args.utilisation <= 1:
         raise ConfigError(f"--utilisation {args.utilisation}: a share above 0 and up to 1, such as 0.4.")
     gpus = args.gpus or config.parallel.zero_group_size or config.parallel.expert_parallel_size
-    if gpus < 1:
-        raise ConfigError(f"--gpus {args.gpus}: 1 or more.")
-    if args.images and config.model.vision is None:
-        raise ConfigError("--images: this stage's model has no vision encoder (model.vision is null).")
+    _check_images(args.images, config)
     memory, peak = args.memory or GPUS[gpu], args.peak or PEAK_TFLOPS[gpu]
     plan = make_plan(config, gpus, gpu, memory, peak, args.utilisation, args.images)
     print(as_json(plan) if args.json else as_text(plan))
+
+
+def _check_images(images: int, config: RunConfig) -> None:
+    if not images:
+        return
+    if config.model.vision is None:
+        raise ConfigError("--images: this stage's model has no vision encoder (model.vision is null).")
+    size, tokens = max(config.model.vision.image_sizes.items())
+    positions = config.train.micro_batch_size * config.train.context_length
+    if not 0 <= images * tokens <= positions:
+        raise ConfigError(
+            f"--images {images}: 0 to {positions // tokens}, as an image of class {size} becomes {tokens} tokens and "
+            f"a micro-batch has {positions:,}."
+        )

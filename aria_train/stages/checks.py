@@ -12,14 +12,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from aria_train.config import SourceConfig, check_world
 from aria_train.data.multimodal import corpus as multimodal
 from aria_train.data.multimodal.store import META
 from aria_train.data.text import corpus as text
 from aria_train.data.text import tokenizer
-from aria_train.data.text.indexed import IndexedCorpus, strip_suffix
+from aria_train.data.text.indexed import IndexedCorpus, read_metadata, strip_suffix
 from aria_train.data.views import open_reader
 from aria_train.errors import CheckpointError, ConfigError, DataError, UserError
 from aria_train.eval.probes import check_experts
@@ -46,7 +45,7 @@ def check(stages: Sequence[Stage]) -> Report:
     _check_tokenizers(stages, descriptions, report)
     for stage in stages:
         report.absent += [f"{stage.name}: {sentence}" for sentence in _absent_weights(stage, stage is stages[0])]
-        report.notes += [f"{stage.name}: {sentence}" for sentence in _rope_notes(stage)]
+        report.notes += [f"{stage.name}: {sentence}" for sentence in (*stage.config.doubts(), *_rope_notes(stage))]
         report.problems += [f"{stage.name}: {sentence}" for sentence in _evaluations(stage)]
     for before, stage in itertools.pairwise(stages):
         report.problems += [f"{stage.name}: {sentence}" for sentence in _hand_over(before, stage)]
@@ -236,16 +235,8 @@ def _open_corpus(source: SourceConfig, stage: Stage) -> _Corpus:
     hashes = set()
     for prefix in text.find_prefixes(paths):
         text.check_fits(IndexedCorpus(prefix), model)
-        hashes.add(_metadata(prefix).get("tokenizer_sha256"))
+        hashes.add(read_metadata(prefix).get("tokenizer_sha256"))
     return _Corpus(source.name, ", ".join(paths), next(iter(hashes)) if len(hashes) == 1 else None)
-
-
-def _metadata(prefix: str) -> dict[str, Any]:
-    try:
-        metadata = json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def _check_tokenizers(stages: Sequence[Stage], descriptions: Sequence[list[_Corpus]], report: Report) -> None:

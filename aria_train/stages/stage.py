@@ -79,20 +79,20 @@ def load_stages(paths: Sequence[str], overrides: Sequence[str]) -> list[Stage]:
     ROOT, one folder per stage, and `checkpoint.storage=ROOT` likewise. Raises one ConfigError about everything in the
     files that cannot be read.
     """
-    rest, root = _take(overrides, "train.run_dir")
-    rest, storage = _take(rest, "checkpoint.storage")
+    given = {override.partition("=")[0] for override in overrides}
     stages: list[Stage] = []
     problems: list[str] = []
     for path in paths:
         try:
-            config = load_config(path, rest)
+            config = load_config(path, overrides)
         except ConfigError as error:
             problems.append(str(error))
             continue
         name = Path(path).stem
-        if root is not None:
-            config.train.run_dir = str(Path(root) / name)
-        if storage is not None:
+        if "train.run_dir" in given:
+            config.train.run_dir = str(Path(config.train.run_dir) / name)
+        storage = config.checkpoint.storage
+        if "checkpoint.storage" in given and storage is not None:
             config.checkpoint.storage = f"{storage.rstrip('/')}/{name}"
         if stages:
             config.checkpoint.init_from = stages[-1].final_checkpoint
@@ -103,12 +103,6 @@ def load_stages(paths: Sequence[str], overrides: Sequence[str]) -> list[Stage]:
     if problems:
         raise ConfigError("\n".join(problems))
     return stages
-
-
-def _take(overrides: Sequence[str], key: str) -> tuple[list[str], str | None]:
-    """The overrides of other keys, and the last value given for this one."""
-    values = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
-    return [o for o in overrides if not o.startswith(f"{key}=")], values[-1] if values else None
 
 
 def run_root(stages: Sequence[Stage]) -> Path:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from aria_train.stages.plan import mixture, total_tokens
@@ -33,17 +31,9 @@ class Track:
 
 
 def write_timeline(stages: Sequence[Stage]) -> None:
-    """Writes both files into the run root. Without matplotlib, or before any step, there is no picture; on a full disk
-    neither, which is no reason to end."""
-    root = run_root(stages)
-    try:
-        _write(stages, root)
-    except OSError as error:
-        print(f"{root}: the timeline cannot be written: {error.strerror or error}", file=sys.stderr, flush=True)
-
-
-def _write(stages: Sequence[Stage], root: Path) -> None:
+    """Writes both files into the run root. Without matplotlib, or before any step, there is no picture."""
     tracks = read_tracks(stages)
+    root = run_root(stages)
     root.mkdir(parents=True, exist_ok=True)
     aside = root / "timeline.jsonl.new"
     with aside.open("w", encoding="utf-8") as file:

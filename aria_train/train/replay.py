@@ -34,6 +34,9 @@ def replay_step(config: RunConfig, step: int) -> None:
     trainer = Trainer(config, replay_step=step)
     say = trainer.console.message
     trainer.console.start(trainer.state.step)
+    if trainer.state.step < step - 1:
+        since = f"step {trainer.state.step}" if trainer.state.step else "the beginning: there is no earlier checkpoint"
+        say(f"retracing {step - 1 - trainer.state.step:,} steps from {since}")
     try:
         while trainer.state.step < step - 1:
             trainer.advance(next(trainer.loader))

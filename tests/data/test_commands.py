@@ -44,6 +44,9 @@ def test_inspect_shows_ids_where_there_is_no_tokenizer(tmp_path: Path, capsys: p
     [
         (["inspect", "CORPUS", "--document", "9"], "--document 9: .* has documents 0 to 2"),
         (["inspect", "CORPUS", "--context-length", "0"], "--context-length 0: must be 1 or more"),
+        (["inspect", "CORPUS", "--context-length", "1000000000000000000"], "and at most 16777216"),
+        (["tokenizer", "out", "CORPUS.idx", "--max-bytes", "nan"], "--max-bytes nan: must be a number of bytes"),
+        (["tokenizer", "out", "CORPUS.idx", "--max-bytes", "inf"], "--max-bytes inf: must be a number of bytes"),
         (["inspect", "nothing/here"], "no such corpus"),
         (["tokenizer", "out"], "give either INPUT files to train on, or --from"),
         (["tokenizer", "out", "in.txt", "--from", "tok"], "not both"),
@@ -59,6 +62,25 @@ def test_a_users_mistake_is_one_paragraph_and_status_2(
     assert re.search(message, error)
     assert error.strip().count("\n") == 0
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data", "tokenizer", "s3://b/x", "--from", "y"],
+        ["data", "prepare", "s3://b/x", "y", "--tokenizer", "z"],
+        ["data", "concatenate", "s3://b/x", "y"],
+        ["data", "needles", "s3://b/x", "y", "--tokenizer", "z", "--documents", "1", "--max-tokens", "99"],
+        ["import", "y", "s3://b/x"],
+        ["export", "y", "s3://b/x"],
+    ],
+)
+def test_nothing_is_written_to_a_url(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert "s3://b/x: is a URL; only a path of this machine" in capsys.readouterr().err
+    assert not Path("s3:").exists()
 
 
 def test_help_imports_nothing_heavy() -> None:

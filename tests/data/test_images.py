@@ -122,11 +122,12 @@ def test_class_is_the_smallest_that_holds_the_image():
 
 
 def test_tokens_are_counted_from_the_size_alone():
-    assert images.count_tokens(100, 100, ARIA) == 128
-    assert images.count_tokens(1000, 100, ARIA) == 256
-    assert images.count_tokens(4000, 4000, ARIA, size=490, split_unit=490) == 4 * 128
-    assert images.count_tokens(300, 300, ARIA, size=490, split_unit=490) == 128, "small images are not split"
-    assert images.count_tokens(3000, 3000, ARIA, split_unit=980) == 4 * 256, "units of the large class: ultra-high"
+    layout_of = images.layout_of
+    assert layout_of(100, 100, ARIA).num_tokens == 128
+    assert layout_of(1000, 100, ARIA).num_tokens == 256
+    assert layout_of(4000, 4000, ARIA, size=490, split_unit=490).num_tokens == 4 * 128
+    assert layout_of(300, 300, ARIA, size=490, split_unit=490).num_tokens == 128, "small images are not split"
+    assert layout_of(3000, 3000, ARIA, split_unit=980).num_tokens == 4 * 256, "units of the large class: ultra-high"
 
 
 def test_every_image_has_the_patches_and_tokens_its_layout_says():

@@ -124,6 +124,16 @@ def test_the_fallback_serves_where_the_first_folder_cannot_be_written(tmp_path: 
     assert same(cached_plan(folders[:1], "key", small_plan), small_plan())
 
 
+@pytest.mark.parametrize("name", ["stats.json", "starts.npy", "documents.npy", "pieces.npy"])
+def test_a_damaged_plan_is_built_again(tmp_path: Path, name: str) -> None:
+    cached_plan([tmp_path], "key", small_plan)
+    file = tmp_path / "key" / name
+    for damaged in (b"", file.read_bytes()[:-5], bytes(file.stat().st_size)):
+        file.write_bytes(damaged)
+        assert same(cached_plan([tmp_path], "key", small_plan), small_plan())
+        assert same(cached_plan([tmp_path], "key", refuse), small_plan())
+
+
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="built again"):
         cached_plan([tmp_path], "key", refuse)

@@ -18,6 +18,7 @@ from aria_train.data.prepare.text_inputs import find_inputs, read_documents, spl
 from aria_train.data.text.indexed import IndexedCorpus
 from aria_train.data.text.tokenizer import load_tokenizer, train_tokenizer
 from aria_train.errors import DataError
+from aria_train.machine import num_cpus
 
 WORDS = ["quick", "brown", "foxes", "jump", "over", "lazy", "dogs", "and", "nap", "in", "warm", "autumn", "sun"]
 
@@ -39,7 +40,7 @@ def write_lines(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def run(output: Path, tokenizer: Path, /, *inputs: Path | str, **options: Any) -> None:
+def run(output: Path | str, tokenizer: Path, /, *inputs: Path | str, **options: Any) -> None:
     defaults = {"text_key": "text", "glob": None, "holdout_fraction": 0.0, "processes": 1, "overwrite": False}
     given = {"output": str(output), "inputs": [str(path) for path in inputs], "tokenizer": str(tokenizer)}
     commands._prepare(argparse.Namespace(format="text", **{**given, **defaults, **options}))
@@ -275,6 +276,29 @@ def test_an_existing_corpus_is_replaced_only_on_demand(tmp_path: Path, tokenizer
     assert texts(tmp_path / "out", tokenizer) == ["newer"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("out.json", '{"my": "notes"}'), ("out.bin", "weights"), ("out.idx", "a list"), ("out_validation.json", "[]")],
+)
+def test_files_that_are_no_corpus_are_never_replaced(tmp_path: Path, tokenizer: Path, name: str, content: str) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", [{"text": text(n)} for n in range(50)])
+    (tmp_path / name).write_text(content)
+    for overwrite, message in ((False, "exists already"), (True, "is no part of a text corpus")):
+        with pytest.raises(DataError, match=f"{name}: {message}"):
+            run(tmp_path / "out", tokenizer, lines, holdout_fraction=0.5, overwrite=overwrite)
+    assert (tmp_path / name).read_text() == content
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("output", ["folder/", ".", ".."])
+def test_a_prefix_has_a_name(tmp_path: Path, tokenizer: Path, output: str) -> None:
+    (tmp_path / "folder").mkdir()
+    lines = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    with pytest.raises(DataError, match=r"not a prefix of file names. Give one, such as .*/train"):
+        run(f"{tmp_path}/{output}", tokenizer, lines)
+    assert not list((tmp_path / "folder").iterdir())
+
+
 def test_held_out_documents_do_not_slip_into_training(tmp_path: Path, tokenizer: Path) -> None:
     lines = write_lines(tmp_path / "a.jsonl", [{"text": text(n)} for n in range(50)])
     run(tmp_path / "out", tokenizer, lines, holdout_fraction=0.5)
@@ -337,3 +361,8 @@ def test_inputs_are_found_once_and_in_order(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     found = find_inputs([str(tmp_path / "sub"), str(tmp_path), str(tmp_path / "a.txt")], None)
     assert [os.path.relpath(path, tmp_path) for path in found] == ["sub/c.txt", "a.txt", "b.txt"]
+
+
+def test_cpus_are_counted_where_there_is_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert num_cpus() == os.cpu_count()

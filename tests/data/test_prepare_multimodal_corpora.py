@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -109,6 +111,21 @@ def test_a_damaged_file_is_reported_and_the_others_are_read(tokenizer, folder, c
     assert "unreadable file" in capsys.readouterr().out
 
 
+def test_names_that_are_no_text_and_links_that_lead_nowhere(tokenizer, folder, capsys):
+    odd = folder / os.fsdecode(b"\xe9.jsonl")
+    write_lines(odd, [{"image": "small.png", "caption": "A cat."}, {"caption": "no image"}])
+    (folder / "gone.jsonl").symlink_to(folder / "nowhere")
+    metadata = prepare_multimodal(
+        folder / "out", [str(odd), str(folder / "gone.jsonl")], recipe_for(tokenizer, "captions")
+    )
+    assert metadata[""]["samples"] == 1
+    assert Reader(folder / "out").sample(0).origin.endswith(r"\xe9.jsonl:1")
+    skipped = [json.loads(line) for line in (folder / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert skipped[0]["path"].endswith(r"\xe9.jsonl")
+    assert skipped[1]["reason"] == "unreadable file"
+    assert r"\xe9.jsonl:2" in capsys.readouterr().out
+
+
 def test_nothing_usable_writes_nothing(tokenizer, folder):
     lines = write_lines(folder / "captions.jsonl", [{"image": "no.png", "caption": "x"}])
     with pytest.raises(DataError, match=r"no sample could be made.*1 x missing image, such as .*captions.jsonl:1"):
@@ -130,6 +147,30 @@ train: {max_steps: 1}
 """
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("captions.jsonl", "is not a folder"),
+        ("images", "holds large.jpg, which is no part of a corpus"),
+        ("described", "holds no meta.json, as a corpus does"),
+        (".", "not a name for a new folder"),
+    ],
+)
+def test_what_is_no_corpus_is_never_replaced(tokenizer, folder, capsys, name, message):
+    (folder / "stage.yaml").write_text(CONFIG)
+    lines = write_lines(folder / "captions.jsonl", [{"image": "small.png", "caption": "A cat."}])
+    (folder / "images").mkdir()
+    shutil.copy(folder / "large.jpg", folder / "images")
+    (folder / "described" / "packing").mkdir(parents=True)
+    before = sorted(folder.rglob("*"))
+    output = "." if name == "." else str(folder / name)
+    command = ["data", "prepare", output, str(lines), "--tokenizer", tokenizer, "--format", "captions"]
+    command += ["--processes", "1", "--model-config", str(folder / "stage.yaml"), "--overwrite"]
+    assert run(command) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_the_command_makes_a_corpus_once(tokenizer, folder, capsys):
     (folder / "stage.yaml").write_text(CONFIG)
     write_lines(folder / "captions.jsonl", [{"image": "small.png", "caption": "A cat."}] * 3)
@@ -141,6 +182,10 @@ def test_the_command_makes_a_corpus_once(tokenizer, folder, capsys):
     assert "exists already" in capsys.readouterr().err
     assert run([*command, "--overwrite", "--image-size", "112"]) == 0
     assert Reader(folder / "out").meta["image_tokens"] == 48
+    (folder / "out" / "sub").mkdir()
+    assert run([*command, "--overwrite"]) == 2
+    assert "holds sub, which is no part of a corpus" in " ".join(capsys.readouterr().err.split())
+    (folder / "out" / "sub").rmdir()
     assert run([*command, "--overwrite", "--image-size", "490"]) == 2
     assert "--image-size 490: must be one of model.vision.image_sizes, which are [56, 112]" in " ".join(
         capsys.readouterr().err.split()

@@ -84,8 +84,8 @@ def test_taking_over_a_folder_copies_its_json_and_nothing_that_could_run(folder:
 @pytest.mark.parametrize("taken", [False, True])
 def test_an_existing_folder_is_replaced_only_on_demand(folder: Path, tmp_path: Path, taken: bool) -> None:
     target = tmp_path / "target"
-    target.mkdir()
-    (target / "precious").write_text("x")
+    shutil.copytree(folder, target)
+    (target / "added_tokens.json").write_text("{}")
 
     def make(overwrite: bool) -> None:
         if taken:
@@ -95,10 +95,14 @@ def test_an_existing_folder_is_replaced_only_on_demand(folder: Path, tmp_path: P
 
     with pytest.raises(DataError, match="exists already.*--overwrite"):
         make(overwrite=False)
-    assert (target / "precious").exists()
     make(overwrite=True)
     load_tokenizer(target)
+    assert not (target / "added_tokens.json").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["target"]
+    (target / "precious").write_text("x")
+    with pytest.raises(DataError, match="holds precious, which is no part of a tokenizer.*replaces a tokenizer and"):
+        make(overwrite=True)
+    assert (target / "precious").read_text() == "x"
 
 
 def test_training_on_files_reads_them_all(tmp_path: Path) -> None:
@@ -123,7 +127,9 @@ def test_training_on_part_of_much_text(tmp_path: Path) -> None:
 # What cannot work
 
 
-def test_too_small_a_vocabulary(tmp_path: Path) -> None:
+def test_too_small_or_large_a_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--vocab-size 1000+: token ids are numbers below 2\^31"):
+        train_tokenizer(TEXTS, 10**20, tmp_path / "t")
     with pytest.raises(DataError, match="--vocab-size 319: a byte-level tokenizer needs at least 320"):
         train_tokenizer(TEXTS, 319, tmp_path / "t")
     assert list(tmp_path.iterdir()) == []

@@ -358,6 +358,28 @@ def test_training_data_is_json_lines_for_data_prepare(haystack: Haystack, folder
     assert (corpus.num_documents, corpus.num_tokens) == (10, total)
 
 
+def test_the_command_replaces_nothing_else(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from aria_train.cli import main
+
+    (tmp_path / "notes.jsonl").write_text('{"text": 1, "mine": 2}')
+    (tmp_path / "folder").mkdir()
+
+    def needles(name: str, *options: str) -> int:
+        made = [str(tmp_path / name), str(folder / "text"), f"--tokenizer={folder / 'tokenizer'}", "--max-tokens=300"]
+        return main(["data", "needles", *made, "--documents=2", *options])
+
+    for name in ("notes.jsonl", "folder"):
+        assert needles(name) == needles(name, "--overwrite") == 2
+        told = capsys.readouterr().err.splitlines()
+        assert "exists already" in told[0]
+        assert "is no file of documents" in told[1]
+    assert (tmp_path / "notes.jsonl").read_text() == '{"text": 1, "mine": 2}'
+    assert needles("made.jsonl") == needles("made.jsonl", "--overwrite") == 0
+    assert needles("new.jsonl", "--documents=-3") == needles("new.jsonl", "--seed=-1") == 2
+    assert "--documents must be 1 or more, and --seed 0 or more" in capsys.readouterr().err
+    assert not (tmp_path / "new.jsonl").exists()
+
+
 def test_documents_too_short_for_a_fact_are_refused(haystack: Haystack, tmp_path: Path):
     with pytest.raises(DataError, match="documents of 50 to 300 tokens"):
         write_training_data(tmp_path / "x.jsonl", haystack, 10, 50, 300)

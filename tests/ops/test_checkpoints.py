@@ -417,6 +417,7 @@ def test_commands(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "removed" in capsys.readouterr().out
     assert len(os.listdir(home / "checkpoints")) == 1
     assert main(["checkpoint", "list", str(home / "nowhere")]) == 2
+    assert main(["checkpoint", "prune", str(home / "nowhere"), "--keep-last", "1"]) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -219,6 +219,7 @@ def test_a_skipped_step_can_be_replayed(tmp_path: Path) -> None:
     after = {path: path.read_bytes() for path in Path(config.train.run_dir).rglob("*") if path.is_file()}
     assert before == after
     assert not silent
+    assert "retracing" in said
     result = json.loads(said.splitlines()[-1])
     recorded = read_steps(config.train.run_dir)[4]
     assert result["metrics"]["skipped"] == recorded["skipped"]

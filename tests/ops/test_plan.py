@@ -338,7 +338,10 @@ def test_what_is_suggested_fits(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--gpus", "3"], "train.global_batch_size"),
         (["--gpu", "abacus"], "known are"),
         (["--utilisation", "40"], "a share above 0"),
-        (["--gpus", "-1"], "1 or more"),
+        (["--gpus", "-1"], "--gpus -1: must be above 0"),
+        (["--gpus", "0"], "--gpus 0: must be above 0"),
+        (["--gpu", "abacus", "--memory", "0", "--peak", "1"], "--memory 0.0: must be above 0"),
+        (["--peak", "nan"], "--peak nan: must be above 0"),
         (["--images", "2"], "no vision encoder"),
     ],
 )
@@ -347,3 +350,10 @@ def test_plans_that_cannot_be(
 ) -> None:
     assert main(["plan", stage_file(tmp_path, global_batch_size=16), *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("images", ["-1", "1000"])
+def test_more_images_than_a_micro_batch_holds(images: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = Path(__file__).resolve().parents[2] / "configs" / "small" / "stage2_mm.yaml"
+    assert main(["plan", str(stage), "--images", images]) == 2
+    assert f"--images {images}: 0 to 64" in capsys.readouterr().err

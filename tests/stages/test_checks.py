@@ -172,8 +172,18 @@ def test_run_directories_lie_side_by_side(tmp_path: Path, last: str, message: st
         load_stages(paths, [])
 
 
+def test_a_file_is_no_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = write_stages(tmp_path)
+    (tmp_path / "file").write_text("precious")
+    for command in (["curriculum"], ["launch", "launch.ranks_per_node=1"]):
+        assert main([*command, *paths, f"train.run_dir={tmp_path}/file"]) == 2
+        assert "file cannot be written to" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_a_store_has_a_place_for_every_stage(tmp_path: Path) -> None:
-    stages = load_stages(write_stages(tmp_path), ["train.run_dir=runs", "checkpoint.storage=memory://bucket/run/"])
+    stages = load_stages(write_stages(tmp_path), ["train.run_dir='runs'", "checkpoint.storage=memory://bucket/run/"])
+    assert [stage.config.train.run_dir for stage in stages] == [f"runs/{stage.name}" for stage in stages]
     assert stages[1].config.checkpoint.init_from == f"memory://bucket/run/{ONE}/checkpoints/step_00000005"
 
 

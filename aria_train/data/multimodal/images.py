@@ -98,13 +98,6 @@ def layout_of(
     return ImageLayout(size, vision.image_sizes[size], grid)
 
 
-def count_tokens(
-    width: int, height: int, vision: VisionConfig, size: int | None = None, split_unit: int | None = None
-) -> int:
-    """Visual tokens of an image, without decoding it. Arguments as for `layout_of`."""
-    return layout_of(width, height, vision, size, split_unit).num_tokens
-
-
 def select_grid(width: int, height: int, unit: int) -> tuple[int, int] | None:
     """The (height, width) in pixels that a split image is fitted into: transformers' rule (that of LLaVA-NeXT).
 

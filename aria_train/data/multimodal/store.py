@@ -29,6 +29,8 @@ from aria_train.errors import DataError
 
 KIND, VERSION = "multimodal", 1
 META = "meta.json"
+FILES = (META, "samples-*.arrow", "skipped.jsonl", "packing")
+"""What a corpus's folder may hold."""
 
 SCHEMA = pa.schema(
     {

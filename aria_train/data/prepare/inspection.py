@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from aria_train.config.sections import MAX_CONTEXT
 from aria_train.data.packing import plan_documents
 from aria_train.data.text import tokenizer as tokenizers_
 from aria_train.data.text.corpus import find_prefixes
-from aria_train.data.text.indexed import IndexedCorpus
+from aria_train.data.text.indexed import IndexedCorpus, read_metadata
 from aria_train.errors import DataError
 
 _BAR = 20
@@ -24,8 +24,8 @@ _SAMPLE_TOKENS = 120
 
 def inspect(args: argparse.Namespace) -> None:
     """Describes every corpus at `args.path`."""
-    if args.context_length < 1:
-        raise DataError(f"--context-length {args.context_length}: must be 1 or more.")
+    if not 1 <= args.context_length <= MAX_CONTEXT:
+        raise DataError(f"--context-length {args.context_length}: must be 1 or more, and at most {MAX_CONTEXT}.")
     if (Path(args.path) / "meta.json").is_file():
         from aria_train.data.prepare import multimodal_inspection
 
@@ -49,20 +49,12 @@ def _describe(console: Console, corpus: IndexedCorpus, context_length: int) -> N
     facts.add_row("tokens", f"{corpus.num_tokens:,} as {corpus.dtype.name}")
     facts.add_row(f"windows of {context_length:,}", f"{stats.windows:,}, {stats.efficiency:.2%} full")
     facts.add_row("longer than a window", f"{stats.cut:,} documents, cut into pieces")
-    for key, value in _metadata(corpus).items():
+    for key, value in read_metadata(corpus.prefix).items():
         if key != "skipped":
             facts.add_row(f"{key} (as prepared)", escape(str(value)))
     console.print(facts)
     if len(lengths):
         console.print(length_histogram(lengths))
-
-
-def _metadata(corpus: IndexedCorpus) -> dict[str, object]:
-    try:
-        metadata = json.loads(Path(corpus.prefix + ".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def length_histogram(lengths: NDArray[np.int64]) -> Table:
@@ -85,7 +77,7 @@ def _show_document(console: Console, corpus: IndexedCorpus, document: int, folde
     if not 0 <= document < corpus.num_documents:
         raise DataError(f"--document {document}: {corpus.prefix} has documents 0 to {corpus.num_documents - 1}.")
     tokens = corpus.read(document, 0, _SAMPLE_TOKENS).tolist()
-    folder = folder or str(_metadata(corpus).get("tokenizer", ""))
+    folder = folder or str(read_metadata(corpus.prefix).get("tokenizer", ""))
     console.print(f"[bold]document {document}[/bold], its first {len(tokens)} tokens:")
     if not folder or not Path(folder).is_dir():
         console.print(" ".join(map(str, tokens)))

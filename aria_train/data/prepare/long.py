@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from aria_train.data.multimodal.store import Reader, Writer
+from aria_train.data.multimodal.store import FILES, Reader, Writer
 from aria_train.data.views import ConcatenatedReader
 from aria_train.errors import DataError
 from aria_train.publish import replacing
@@ -40,7 +40,7 @@ def concatenate_corpus(
     """Writes the folder `output`, and returns its metadata. Raises DataError if `corpus` has no captioned images."""
     source = Reader(corpus)
     joined = ConcatenatedReader(source, "window" if samples is None else samples, context_length, seed)
-    with replacing(output, overwrite, "corpus") as folder, Writer(folder) as writer:
+    with replacing(output, overwrite, "corpus", FILES) as folder, Writer(folder) as writer:
         for row in track(range(len(joined)), "joining", console=Console(stderr=True), transient=True):
             writer.add(joined.sample(row))
         details = {key: value for key, value in source.meta.items() if key not in _COUNTED}

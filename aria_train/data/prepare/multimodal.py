@@ -8,31 +8,26 @@ place and reason, in `skipped.jsonl` of the folder.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from aria_train.config import load_config
 from aria_train.data.multimodal.formats import BadRecord, Encoder, Recipe
-from aria_train.data.multimodal.store import Sample, Writer
+from aria_train.data.multimodal.store import FILES, Sample, Writer
 from aria_train.data.prepare import multimodal_inputs
 from aria_train.data.prepare.multimodal_inputs import Unit, read_records
 from aria_train.data.prepare.skips import SkipReport, refuse_empty
-from aria_train.data.prepare.text_inputs import Skipped, find_inputs
+from aria_train.data.prepare.text_inputs import Skipped, find_inputs, printable, size_of
+from aria_train.data.prepare.workers import in_order, worker_pool
 from aria_train.data.text import tokenizer
 from aria_train.errors import DataError
+from aria_train.machine import num_cpus
 from aria_train.publish import replacing
 
 
@@ -40,7 +35,7 @@ def prepare(args: argparse.Namespace) -> None:
     """`aria-train data prepare --format chat|interleaved|captions`; see `commands` for the arguments."""
     recipe = make_recipe(args)
     paths = find_inputs(args.inputs, args.glob or multimodal_inputs.GLOBS)
-    processes = args.processes or len(os.sched_getaffinity(0))
+    processes = args.processes or num_cpus()
     prepare_multimodal(Path(args.output), paths, recipe, processes, args.holdout_fraction, args.overwrite)
 
 
@@ -85,12 +80,12 @@ def prepare_multimodal(
 
     Encoder(recipe)  # what is wrong with the tokenizer is said before any process starts
     suffixes = ("", "_validation") if holdout_fraction else ("",)
-    total = sum(os.path.getsize(path) for path in paths)
+    total = sum(size_of(path) for path in paths)
     skips = SkipReport()
     with contextlib.ExitStack() as stack:
-        targets = {suffix: output.with_name(output.name + suffix) for suffix in suffixes}
+        targets = {suffix: Path(f"{output}{suffix}") for suffix in suffixes}
         # First entered is last published: a training part that is there says that all is.
-        folders = {s: stack.enter_context(replacing(targets[s], overwrite, "corpus")) for s in suffixes}
+        folders = {s: stack.enter_context(replacing(targets[s], overwrite, "corpus", FILES)) for s in suffixes}
         writers = {suffix: stack.enter_context(Writer(folders[suffix])) for suffix in suffixes}
         skipped_file = stack.enter_context(open(folders[""] / "skipped.jsonl", "w", encoding="utf-8"))
         progress = stack.enter_context(Progress(total, "preparing"))
@@ -141,7 +136,7 @@ def _common_metadata(recipe: Recipe, holdout_fraction: float, skips: SkipReport)
 
 
 def _as_line(skipped: Skipped) -> str:
-    entry = {"path": skipped.path, "line": skipped.line, "reason": skipped.reason, "detail": skipped.detail}
+    entry = {"path": printable(skipped.path), "line": skipped.line, "reason": skipped.reason, "detail": skipped.detail}
     return json.dumps(entry, ensure_ascii=False) + "\n"
 
 
@@ -185,23 +180,15 @@ def _encode_all(paths: Sequence[str], recipe: Recipe, processes: int) -> Iterato
         encoder = Encoder(recipe)
         yield from ((unit, encode_unit(unit, encoder)) for unit in units)
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (recipe,))
-    pending: collections.deque[tuple[Unit, Future[UnitResult]]] = collections.deque()
-    try:
-        while True:
-            for unit in itertools.islice(units, 2 * processes - len(pending)):
-                pending.append((unit, pool.submit(_work, unit)))
-            if not pending:
-                break
-            unit, future = pending.popleft()
-            yield unit, future.result()
-    except BrokenProcessPool:
-        raise DataError(
+
+    def problem(unit: Unit) -> str:
+        return (
             "a worker process ended unexpectedly, because memory ran out or a file crashed its decoder; nothing was "
             f"written. It was at or shortly after {unit.path}:{unit.first}. Use fewer --processes, or take it out."
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        )
+
+    with worker_pool(processes, _start_worker, recipe) as pool:
+        yield from in_order(pool, _work, units, 2 * processes, problem)
 
 
 def encode_unit(unit: Unit, encoder: Encoder) -> UnitResult:
@@ -213,7 +200,7 @@ def encode_unit(unit: Unit, encoder: Encoder) -> UnitResult:
             continue
         line, record = item
         try:
-            result.samples.append(encoder.encode(record, f"{unit.path}:{line}"))
+            result.samples.append(encoder.encode(record, f"{printable(unit.path)}:{line}"))
         except BadRecord as error:
             result.skipped.append(Skipped(error.reason, unit.path, line, error.detail))
     return result
@@ -224,17 +211,7 @@ _encoder: Encoder
 
 def _start_worker(recipe: Recipe) -> None:
     global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One core per process is what we have.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides when to stop.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(recipe)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _work(unit: Unit) -> UnitResult:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from aria_train.data.prepare.text_inputs import Skipped
+from aria_train.data.prepare.text_inputs import Skipped, printable
 from aria_train.errors import DataError
 
 EXAMPLES_PER_REASON = 5
@@ -26,7 +26,7 @@ class SkipReport:
         examples = self.examples.setdefault(skipped.reason, [])
         if len(examples) < EXAMPLES_PER_REASON:
             line = "" if skipped.line is None else f":{skipped.line + lines_before}"
-            examples.append(f"{skipped.path}{line}" + (f" ({skipped.detail})" if skipped.detail else ""))
+            examples.append(f"{printable(skipped.path)}{line}" + (f" ({skipped.detail})" if skipped.detail else ""))
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -11,15 +11,10 @@ import collections
 import contextlib
 import ctypes
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +31,19 @@ from aria_train.data.prepare.text_inputs import (
     size_of,
     split_into_units,
 )
+from aria_train.data.prepare.workers import in_order, worker_pool
 from aria_train.data.text import tokenizer as tokenizers_
-from aria_train.data.text.indexed import IndexedCorpus, IndexedWriter, publish_files, strip_suffix, token_dtype
+from aria_train.data.text.indexed import (
+    IndexedCorpus,
+    IndexedWriter,
+    is_index_file,
+    publish_files,
+    read_metadata,
+    strip_suffix,
+    token_dtype,
+)
 from aria_train.errors import DataError
+from aria_train.machine import num_cpus
 from aria_train.publish import workplace_beside
 
 _LARGEST_UNIT, _SMALLEST_UNIT, _UNITS_PER_PROCESS = 64 << 20, 1 << 20, 8
@@ -74,31 +79,41 @@ def prepare(args: argparse.Namespace) -> None:
     """`aria-train data prepare --format text`; see `commands` for the arguments."""
     prefix = strip_suffix(args.output)
     job = Job(args.tokenizer, args.text_key, args.holdout_fraction)
+    if os.path.basename(prefix) in ("", ".", ".."):
+        better = os.path.join(prefix, "train")
+        raise DataError(f"{args.output}: not a prefix of file names. Give one, such as {better}.")
     for suffix in job.parts:
-        if Path(f"{prefix}{suffix}.idx").exists() and not args.overwrite:
-            raise DataError(f"{prefix}{suffix}.idx: exists already. Choose another prefix, or give --overwrite.")
+        _refuse_existing(prefix + suffix, args.overwrite)
     if not job.holdout_fraction:
         _refuse_stale_holdout(prefix)
-    prepare_text(prefix, find_inputs(args.inputs, args.glob), job, args.processes or _num_cpus())
+    prepare_text(prefix, find_inputs(args.inputs, args.glob), job, args.processes or num_cpus())
+
+
+def _refuse_existing(prefix: str, overwrite: bool) -> None:
+    """Raises DataError if a file of the corpus exists, unless it may be overwritten and belongs to one."""
+    index, tokens, description = (Path(prefix + end) for end in (".idx", ".bin", ".json"))
+    found = [path for path in (index, tokens, description) if os.path.lexists(path)]
+    if found and not overwrite:
+        raise DataError(f"{found[0]}: exists already. Choose another prefix, or give --overwrite.")
+    is_ours = read_metadata(prefix).get("kind") == "text"
+    is_index = is_index_file(index)
+    foreign = {index: not is_index, tokens: not (is_ours or is_index), description: not is_ours}
+    for path in found:
+        if foreign[path] or not path.is_file():
+            raise DataError(
+                f"{path}: is no part of a text corpus. --overwrite replaces a corpus and nothing else. Choose another "
+                "prefix, or move it away."
+            )
 
 
 def _refuse_stale_holdout(prefix: str) -> None:
     """Without a hold-out, documents that an earlier preparation held out would be trained on."""
-    try:
-        part = json.loads(Path(f"{prefix}_validation.json").read_text(encoding="utf-8")).get("part")
-    except (OSError, ValueError, AttributeError):
-        return
-    if part == "validation":
+    if read_metadata(f"{prefix}_validation").get("part") == "validation":
         raise DataError(
             f"{prefix}_validation: was held out of {prefix} by an earlier preparation; without --holdout-fraction its "
             "documents would be trained on. Give the same --holdout-fraction, or remove the files "
             f"{prefix}_validation.*."
         )
-
-
-def _num_cpus() -> int:
-    """CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare_text(prefix: str, paths: Sequence[str], job: Job, processes: int) -> dict[str, dict[str, Any]]:
@@ -195,25 +210,20 @@ def _tokenize_all(
         for number, unit in enumerate(units):
             yield unit, _tokenize_unit(number, unit)
         return
-    pool = ProcessPoolExecutor(min(processes, len(units)), context, _start_process, (job, workplace, stop))
-    numbered = enumerate(units)
-    pending: collections.deque[tuple[Unit, Future[UnitReport]]] = collections.deque()
-    try:
-        while True:
-            for number, unit in itertools.islice(numbered, 2 * processes - len(pending)):
-                pending.append((unit, pool.submit(_tokenize_unit, number, unit)))
-            if not pending:
-                break
-            unit, future = pending.popleft()
-            yield unit, future.result()
-    except BrokenProcessPool:
-        raise DataError(
+
+    def problem(_unit: object) -> str:
+        return (
             "a worker process ended unexpectedly, usually because memory ran out; nothing was written. Use fewer "
             "--processes, or split very long documents."
-        ) from None
-    finally:
-        stop.value = True  # An interruption does not wait for whole units.
-        pool.shutdown(wait=True, cancel_futures=True)
+        )
+
+    processes = min(processes, len(units))
+    with worker_pool(processes, _start_worker, job, workplace, stop) as pool:
+        try:
+            for (_, unit), report in in_order(pool, _tokenize_numbered, enumerate(units), 2 * processes, problem):
+                yield unit, report
+        finally:
+            stop.value = True  # An interruption does not wait for whole units.
 
 
 class _Worker:
@@ -230,13 +240,6 @@ class _Worker:
 _worker = _Worker()
 
 
-def _start_process(job: Job, workplace: Path, stop: ctypes.c_bool) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # One core per process is what we have.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides when to stop.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _start_worker(job, workplace, stop)
-
-
 def _start_worker(job: Job, workplace: Path, stop: ctypes.c_bool) -> None:
     _worker.job, _worker.workplace, _worker.stop = job, workplace, stop
     _worker.tokenizer = tokenizers_.load_tokenizer(job.tokenizer)
@@ -246,11 +249,8 @@ def _start_worker(job: Job, workplace: Path, stop: ctypes.c_bool) -> None:
     _worker.dtype = token_dtype(tokenizers_.vocabulary_size(_worker.tokenizer))
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def _tokenize_numbered(numbered: tuple[int, Unit]) -> UnitReport:
+    return _tokenize_unit(*numbered)
 
 
 def _tokenize_unit(number: int, unit: Unit) -> UnitReport:

@@ -52,6 +52,11 @@ class Skipped:
     detail: str = ""
 
 
+def printable(path: str) -> str:
+    """A file name as text that can be written anywhere: bytes of it that are not UTF-8 are spelt out."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 @dataclass(frozen=True)
 class LinesRead:
     """Last item of a JSON-lines unit: how many lines it had, by which the next unit of the file counts on."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from aria_train.config import ModelConfig, RunConfig, SourceConfig
 from aria_train.data.packing import PLAN_VERSION, PackingPlan, cached_plan, plan_documents
-from aria_train.data.text.indexed import IndexedCorpus, strip_suffix
+from aria_train.data.text.indexed import IndexedCorpus, read_metadata, strip_suffix
 from aria_train.data.views import chosen
 from aria_train.data.window import Source, Window
 from aria_train.data.work import forward_flops
@@ -114,7 +114,8 @@ class TextSource:
             corpus.verify()
         lengths = np.concatenate([corpus.document_lengths() for corpus in self.corpora])
         # A document that is not chosen is packed like one without tokens: not at all.
-        return plan_documents(np.where(chosen(lengths, *self._bounds), lengths, 0), self._context_length, seed)
+        lengths[~chosen(lengths, *self._bounds)] = 0
+        return plan_documents(lengths, self._context_length, seed)
 
     def _describe_bounds(self) -> str:
         given = zip(("min_tokens", "max_tokens"), self._bounds)
@@ -177,11 +178,8 @@ def check_fits(corpus: IndexedCorpus, model: ModelConfig) -> None:
             f"{corpus.prefix}: holds {corpus.dtype.name} values, not token ids. A text corpus holds integers: "
             "prepare it with `aria-train data prepare`."
         )
-    metadata = Path(corpus.prefix + ".json")
-    if not metadata.is_file():
-        return
     try:
-        vocabulary = int(json.loads(metadata.read_text(encoding="utf-8"))["vocabulary_size"])
+        vocabulary = int(read_metadata(corpus.prefix)["vocabulary_size"])
     except (ValueError, KeyError, TypeError):
         return  # Not ours: another tool's file beside a corpus of the same name.
     if vocabulary > model.vocab_size:

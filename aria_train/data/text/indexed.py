@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 import shutil
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -60,6 +61,24 @@ def strip_suffix(path: str | Path) -> str:
     """`a/b.idx`, `a/b.bin` and `a/b` all name the corpus with prefix `a/b`."""
     text = str(path)
     return text[:-4] if text.endswith((".idx", ".bin")) else text
+
+
+def is_index_file(path: Path) -> bool:
+    """Whether a file begins as an index does."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def read_metadata(prefix: str) -> dict[str, Any]:
+    """What `PREFIX.json` says of a corpus; empty where there is none, or it is another tool's file."""
+    try:
+        metadata = json.loads(Path(prefix + ".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 class IndexedCorpus:
@@ -193,12 +212,6 @@ class IndexedCorpus:
         if bool((np.diff(pointers) == lengths[:-1] * self.dtype.itemsize).all()):  # End to end, as writers do.
             return self._read_bytes(int(pointers[0]), int(lengths.sum()), first)[start:stop]
         return np.concatenate([self._read_sequence(sequence) for sequence in range(first, last)])[start:stop]
-
-    def document_modes(self, document: int) -> NDArray[np.int8] | None:
-        """int8 [sequences of the document], or None where the corpus has no modes."""
-        if self.modes is None:
-            return None
-        return self.modes[self.document_indices[document] : self.document_indices[document + 1]]
 
     def _read_sequence(self, sequence: int) -> NDArray:
         return self._read_bytes(int(self.pointers[sequence]), int(self.lengths[sequence]), sequence)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from aria_train.data.text.corpus import find_prefixes
 from aria_train.data.text.indexed import IndexedCorpus
 from aria_train.data.text.tokenizer import end_of_document_id, load_tokenizer
 from aria_train.errors import DataError
+from aria_train.publish import workplace_beside
 
 _ADJECTIVES = (
     "bad best big blue clear closed cold current dark empty equal exact extra false final first full global good green "
@@ -163,6 +165,27 @@ def sentence_ends(tokenizer: tokenizers.Tokenizer) -> NDArray[np.bool_]:
 # Training
 
 
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Raises DataError if something is at `output`, unless it may be overwritten and is such a file of documents."""
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise DataError(f"{output}: exists already. Choose another name, or give --overwrite.")
+    if not _holds_documents(output):
+        raise DataError(
+            f"{output}: is no file of documents. --overwrite replaces such a file and nothing else. Choose another "
+            "name, or move it away."
+        )
+
+
+def _holds_documents(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return list(json.loads(file.readline())) == ["text"]
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def write_training_data(
     output: Path, haystack: Haystack, count: int, min_tokens: int, max_tokens: int, seed: int = 0
 ) -> int:
@@ -177,13 +200,14 @@ def write_training_data(
             f"documents of {min_tokens} to {max_tokens} tokens: the shortest must have {_SHORTEST} or more and not be "
             "longer than the longest."
         )
-    aside, total = output.with_name(output.name + ".new"), 0
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with aside.open("w", encoding="utf-8") as file:
-        for text, tokens in training_documents(haystack, count, min_tokens, max_tokens, seed):
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            total += tokens
-    aside.replace(output)
+    total = 0
+    with workplace_beside(output) as workplace:
+        aside = workplace / "documents"
+        with aside.open("w", encoding="utf-8") as file:
+            for text, tokens in training_documents(haystack, count, min_tokens, max_tokens, seed):
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                total += tokens
+        aside.replace(output)
     return total
 
 

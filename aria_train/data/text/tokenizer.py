@@ -18,7 +18,7 @@ from aria_train.data.prepare.report import Progress
 from aria_train.data.prepare.skips import SkipReport, refuse_empty
 from aria_train.data.prepare.text_inputs import Skipped, read_documents, split_into_units
 from aria_train.errors import DataError
-from aria_train.publish import replacing
+from aria_train.publish import refuse_existing, replacing
 
 NUM_RESERVED = 64
 """Ids 0 to 63 are special tokens, so that those at Aria's published ids have room for more beside them."""
@@ -36,7 +36,7 @@ SMALLEST_VOCABULARY = NUM_RESERVED + 256
 """Reserved tokens and one token per byte, with which any text can be written."""
 _PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """What a token may span at most."""
-_FILES = (
+FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -45,6 +45,7 @@ _FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+"""What a tokenizer's folder may hold."""
 _END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
@@ -60,11 +61,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, o
     back unchanged.
     Little or repetitive text may yield fewer than `vocab_size` tokens.
     """
+    refuse_existing(folder, overwrite, "tokenizer", FILES)
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(
             f"--vocab-size {vocab_size}: a byte-level tokenizer needs at least {SMALLEST_VOCABULARY} tokens, the "
             f"{NUM_RESERVED} reserved ones and one per byte. Usual sizes are 8192 to 131072."
         )
+    if vocab_size >= 2**31:
+        raise DataError(f"--vocab-size {vocab_size}: token ids are numbers below 2^31. Usual sizes are 8192 to 131072.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -82,7 +86,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path, o
     tokenizer.train_from_iterator(texts, trainer)
     for number, token in enumerate(special_tokens()):
         assert tokenizer.token_to_id(token) == number, f"{token} got id {tokenizer.token_to_id(token)}, not {number}"
-    with replacing(folder, overwrite, "tokenizer") as workplace:
+    with replacing(folder, overwrite, "tokenizer", FILES) as workplace:
         tokenizer.save(str(workplace / "tokenizer.json"))
         (workplace / "tokenizer_config.json").write_text(json.dumps(_config(), indent=2) + "\n", encoding="utf-8")
     return tokenizer
@@ -133,8 +137,8 @@ def copy_tokenizer(source: str | Path, folder: str | Path, overwrite: bool = Fal
     """Checks a Hugging Face tokenizer folder and copies its files (JSON and merges only; no code, no pickles)."""
     tokenizer = load_tokenizer(source)
     end_of_document_id(source, tokenizer)
-    with replacing(folder, overwrite, "tokenizer") as workplace:
-        for name in _FILES:
+    with replacing(folder, overwrite, "tokenizer", FILES) as workplace:
+        for name in FILES:
             if (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, workplace / name)
     return tokenizer
