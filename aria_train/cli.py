@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import select
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from aria_train.arguments import local_path
+from aria_train.arguments import command, local_path
 from aria_train.elastic import leave_stopped
 from aria_train.errors import EXIT_BROKEN_PIPE, EXIT_USER_ERROR, Stopped, UserError
 
@@ -112,7 +111,7 @@ def _register_curriculum(subparsers: Any) -> None:
         "the stages into ROOT, one folder each, named as its YAML",
     )
     curriculum.add_argument("--dry-run", action="store_true", help="show the plan and what is missing; train nothing")
-    curriculum.set_defaults(run=_command("aria_train.stages.curriculum", "run_curriculum"), resumes=True)
+    curriculum.set_defaults(run=command("aria_train.stages.curriculum", "run_curriculum"), resumes=True)
 
 
 def _register_weights(subparsers: Any) -> None:
@@ -123,21 +122,12 @@ def _register_weights(subparsers: Any) -> None:
     load.add_argument(
         "checkpoint", type=local_path, metavar="CHECKPOINT", help="new checkpoint folder, for checkpoint.init_from"
     )
-    load.set_defaults(run=_command("aria_train.stages.weights", "run_import"))
+    load.set_defaults(run=command("aria_train.stages.weights", "run_import"))
     store = subparsers.add_parser("export", help="make Hugging Face weights of a checkpoint")
     store.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or run directory")
     store.add_argument("hf_dir", type=local_path, metavar="HF_DIR", help="new folder, which transformers loads")
     store.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
-    store.set_defaults(run=_command("aria_train.stages.weights", "run_export"))
-
-
-def _command(module: str, function: str) -> Callable[[argparse.Namespace], None]:
-    """A command whose module is imported when it runs."""
-
-    def run(args: argparse.Namespace) -> None:
-        getattr(importlib.import_module(module), function)(args)
-
-    return run
+    store.set_defaults(run=command("aria_train.stages.weights", "run_export"))
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
-from collections.abc import Callable
 from typing import Any
+
+from aria_train.arguments import command, local_path
 
 
 def register(subparsers: Any) -> None:
@@ -41,14 +40,14 @@ def _register_generate(subparsers: Any) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest tokens only")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (%(default)s)")
-    parser.set_defaults(run=_command("aria_train.eval.terminal", "run_generate"))
+    parser.set_defaults(run=command("aria_train.eval.terminal", "run_generate"))
 
 
 def _register_loss(commands: Any) -> None:
     parser = commands.add_parser("loss", help="mean cross-entropy of held-out tokens, by source")
     _add_evaluation(parser)
     _add_data(parser)
-    parser.set_defaults(run=_command("aria_train.eval.reports", "run_loss"))
+    parser.set_defaults(run=command("aria_train.eval.reports", "run_loss"))
 
 
 def _register_needle(commands: Any) -> None:
@@ -65,7 +64,7 @@ def _register_needle(commands: Any) -> None:
     parser.add_argument("--depths", type=int, default=11, metavar="N", help="places of the needle (%(default)s)")
     parser.add_argument("--trials", type=int, default=1, metavar="N", help="needles per length and depth (%(default)s)")
     parser.add_argument("--tokenizer", metavar="FOLDER", help=_TOKENIZER)
-    parser.set_defaults(run=_command("aria_train.eval.reports", "run_needle"))
+    parser.set_defaults(run=command("aria_train.eval.reports", "run_needle"))
 
 
 def _register_experts(commands: Any) -> None:
@@ -77,7 +76,7 @@ def _register_experts(commands: Any) -> None:
     )
     _add_evaluation(parser)
     _add_data(parser)
-    parser.set_defaults(run=_command("aria_train.eval.reports", "run_experts"))
+    parser.set_defaults(run=command("aria_train.eval.reports", "run_experts"))
 
 
 def _register_answers(commands: Any) -> None:
@@ -88,7 +87,7 @@ def _register_answers(commands: Any) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first so many only")
     parser.add_argument("--tokenizer", metavar="FOLDER", help=_TOKENIZER)
-    parser.set_defaults(run=_command("aria_train.eval.reports", "run_answers"))
+    parser.set_defaults(run=command("aria_train.eval.reports", "run_answers"))
 
 
 _TOKENIZER = "tokenizer (default: the one the checkpoint's run named)"
@@ -96,7 +95,9 @@ _TOKENIZER = "tokenizer (default: the one the checkpoint's run named)"
 
 def _add_evaluation(parser: Any) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or run directory")
-    parser.add_argument("--output", metavar="FOLDER", help="where results go (default: report/ of the run directory)")
+    parser.add_argument(
+        "--output", type=local_path, metavar="FOLDER", help="where results go (default: report/ of the run directory)"
+    )
 
 
 def _add_data(parser: Any) -> None:
@@ -108,12 +109,3 @@ def _add_data(parser: Any) -> None:
     )
     parser.add_argument("--windows", type=int, metavar="N", help="windows of each (default: train.eval_windows)")
     parser.add_argument("--context-length", type=int, metavar="N", help="tokens per window (default: as trained)")
-
-
-def _command(module: str, function: str) -> Callable[[argparse.Namespace], None]:
-    """A command whose module is imported when it runs."""
-
-    def run(args: argparse.Namespace) -> None:
-        getattr(importlib.import_module(module), function)(args)
-
-    return run

@@ -327,8 +327,9 @@ class Trainer:
             figures = evaluate_loss(state.model, config, self.meshes, beat, self.probes.sources)
         if probing:
             figures |= self.probes.run(state.model, state.step, beat)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        self.console.message(f"step {state.step}: held-out {shown}")
+        if figures:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            self.console.message(f"step {state.step}: held-out {shown}")
         if self.writer is not None:
             tokens = state.step * config.tokens_per_step
             self.writer.log_evaluation({"stage": config.stage, "step": state.step, "tokens": tokens, **figures})
