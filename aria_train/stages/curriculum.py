@@ -26,6 +26,7 @@ from aria_train.stages.checks import check, check_ranks
 from aria_train.stages.plan import print_plan
 from aria_train.stages.stage import Stage, load_run, run_root
 from aria_train.stages.timeline import write_timeline
+from aria_train.train.claim import make_run_dir
 from aria_train.train.signals import graceful_stop
 from aria_train.train.trainer import Trainer
 
@@ -49,6 +50,8 @@ def run_curriculum(args: argparse.Namespace) -> None:
 
 def train_stages(stages: Sequence[Stage], is_main: bool) -> None:
     """Trains every stage that is not finished, in order, and keeps the timeline."""
+    if is_main:
+        make_run_dir(run_root(stages))
     with graceful_stop(), orderly_end():
         try:
             for number, stage in enumerate(stages, 1):

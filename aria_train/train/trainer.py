@@ -85,6 +85,7 @@ class Trainer:
         start_step = newest.step if newest is not None else 0
         self.loader = Loader(config, self.meshes.rank, self.meshes.world_size, start_step)
         self.state = self._build_state()
+        self.state.fingerprints = broadcast_object(lambda: {s.name: s.fingerprint for s in self.loader.sources})
         self._fill_state(newest)
         self.guard = Guard(config.guard, self.state.guard)
         self.pulse = Pulse(self.meshes, config.checkpoint.interval_minutes)
@@ -245,8 +246,7 @@ class Trainer:
         counts = torch.zeros(config.model.num_layers, config.model.num_experts, dtype=torch.float64, device=self.device)
         optimizer = build_optimizer(model, config.optimizer)
         windows = {source.name: source.num_windows for source in self.loader.sources}
-        fingerprints = broadcast_object(lambda: {source.name: source.fingerprint for source in self.loader.sources})
-        return TrainState(model, optimizer, counts, sources=windows, fingerprints=fingerprints)
+        return TrainState(model, optimizer, counts, sources=windows)
 
     def _fill_state(self, newest: Entry[checkpoint.Folder] | None) -> None:
         """Goes on from the newest complete checkpoint of the run directory; else starts from weights or from noise."""

@@ -55,13 +55,14 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
 
 
 STOPPABLE = """
-import sys, time
+import os, sys, time
 from aria_train.elastic import leave_stopped
 from aria_train.train.signals import asked, graceful_stop
 
+end = time.monotonic() + 120  # by itself too, should the launcher be killed
 with graceful_stop():
-    print("ready", flush=True)
-    while not asked():
+    os.write(1, b"ready\\n")  # in one piece, as others write beside it
+    while not asked() and time.monotonic() < end:
         time.sleep(0.05)
 sys.exit(leave_stopped())
 """
