@@ -27,7 +27,6 @@ from aria_train.parallel import checkpoint
 from aria_train.parallel.checkpoint import Folder, Manifest, SaveFailed, Saver
 from aria_train.parallel.checkpoint import reading as checkpoint_reading
 from aria_train.parallel.checkpoint.manifest import decode, encode
-from aria_train.parallel.checkpoint.saver import host_memory
 from tests.distributed import run_distributed
 
 ROWS = 24
@@ -254,24 +253,6 @@ def test_a_checkpoint_holds_what_there_was_when_it_began(tmp_path: Path, asynchr
     for step, offset in ((1, 0.0), (2, 100.0)):
         (values,) = run_distributed(load_some, 1, str(checkpoint.folder_of_step(tmp_path, step)))
         assert values == [offset + i for i in range(ROWS * 4)]
-
-
-def test_page_locked_memory_is_no_larger_than_what_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And it is released before the memory is."""
-    calls: list[tuple[str, int, int]] = []
-    cuda = SimpleNamespace(
-        cudaHostRegister=lambda start, size, _: calls.append(("register", start, size)) or 0,
-        cudaHostUnregister=lambda start: calls.append(("unregister", start, 0)) or 0,
-    )
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "check_error", lambda status: None)
-    on_gpu: Any = SimpleNamespace(is_cuda=True, shape=(3, 5), dtype=torch.float32, nbytes=60, numel=lambda: 15)
-    memory = host_memory(on_gpu)
-    assert (memory.shape, memory.dtype, memory.untyped_storage().nbytes()) == ((3, 5), torch.float32, 60)
-    start = memory.data_ptr()
-    memory.fill_(1)
-    del memory
-    assert calls == [("register", start, 60), ("unregister", start, 0)]
 
 
 def save_with_limited_files(home: str, asynchronous: bool, limited_rank: int) -> str:
